@@ -1,0 +1,527 @@
+"""
+The one training loop: a GPT, with or without eyes, on text, on pictures of text, or on conversations about images.
+
+    $ python train.py config/quickstart.py                                       # one process, any machine
+    $ torchrun --nproc_per_node=8 train.py config/render_pretrain.py             # 8 GPUs
+    $ python train.py config/quickstart.py --init_from=resume                    # go on where it stopped, exactly
+    $ python train.py --help                                                     # every knob
+
+Writes to out_dir: ckpt.pt (newest), ckpt_best.pt (lowest val_loss), log.jsonl and samples.png.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import fields
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel as DDP
+from tqdm import tqdm
+
+from configurator import configure, run
+from model import GPT, GPTConfig, load_checkpoint
+from prepare_data import (IMAGE, Batches, Examples, collate, get_tokenizer, load_image, open_rows, parse_tasks, tokenize)
+from sample import answer, answer_sheet, find_device, reference, score
+
+# -----------------------------------------------------------------------------
+# run
+out_dir = 'out'
+init_from = 'scratch'          # scratch, resume (from out_dir), or the path of a checkpoint
+eval_interval = 500            # steps between two evaluations, each with a checkpoint
+log_interval = 10              # steps between two lines of log.jsonl
+eval_iters = 8                 # micro-batches for each loss of an evaluation
+eval_samples = 64              # held-out examples answered greedily at each evaluation, for CER and exact match
+eval_only = False              # evaluate once and leave
+always_save_checkpoint = True  # False: no ckpt.pt at evaluations, only ckpt_best.pt when val_loss improves
+keep_checkpoints = 0           # how many older checkpoints to keep beside ckpt.pt, as ckpt_ITER.pt
+seed = 1337                    # everything random comes from it
+# wandb
+wandb_log = False
+wandb_project = 'glimpse'
+wandb_run_name = ''
+# data
+dataset = 'pydoc'              # pydoc, a file or folder of text, or data/NAME (see prepare_data.py)
+tokenizer = 'bytes'            # bytes, gpt2, or the path of a nanoGPT meta.pkl
+tasks = 'read:1'               # what plain text becomes: read, continue, text, with weights: 'read:0.8 text:0.2'
+loss_on = 'assistant'          # of conversations, learn the assistant's words, or 'all'
+gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
+batch_size = 12                # examples in a micro-batch
+block_size = 1024              # positions of a sequence; an image takes one
+num_workers = 1                # processes that draw and tokenize ahead; 0 does it in the training process
+# pictures of text
+image_width = 256              # pixels of the box that the text is drawn into
+image_height = 16
+one_line = True                # True: white space is one space, the picture as wide as its line; False: a page
+min_chars = 16                 # task read: characters in a picture
+max_chars = 32
+min_span = 200                 # tasks continue and text: characters of the text
+max_span = 4000
+infix_min = 0.1                # task continue: share of the text that becomes a picture
+infix_max = 0.4
+font = ''                      # a .ttf/.otf file or a folder of them; '' is Pillow's built-in font
+font_min = 6                   # font sizes, pixels
+font_max = 200
+augment = 0.0                  # strength of random colours, place, rotation, blur and noise, 0 to 1
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0                  # for pretraining 0 is good, for finetuning try 0.1+
+bias = False                   # do we use bias inside LayerNorm and Linear layers?
+# vision
+vision_encoder = ''            # '' for a text-only GPT, vit for the small ViT trained from scratch
+connector = 'mlp'              # linear, mlp, or pool
+pool_size = 2                  # connector pool: k x k patches become one token
+patch_height = 16
+patch_width = 16
+max_image_tokens = 256         # a larger image is scaled down, keeping its aspect, to make at most as many tokens
+line_height = 0                # > 0: every image is a line of text and first scaled to this height, in pixels
+vision_n_layer = 6
+vision_n_head = 6
+vision_n_embd = 384
+# optimizer
+optimizer = 'adamw'            # adamw, or muon for the hidden matrices and adamw for the rest
+learning_rate = 6e-4           # max learning rate of the GPT; 0 freezes it
+vision_lr = 6e-4               # of the encoder
+connector_lr = 6e-4            # of the connector
+muon_lr = 0.02                 # of the hidden matrices under optimizer muon
+max_iters = 600000             # total number of training iterations
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0                # clip gradients at this value, or disable if == 0.0
+decay_lr = True                # whether to decay the learning rate
+warmup_iters = 2000            # how many steps to warm up for
+lr_decay_iters = 0             # steps of the cosine; 0: max_iters
+min_lr = 6e-5                  # learning rate at its end; the other parts end at the same share of their maximum
+# system
+backend = ''                   # nccl or gloo; '' takes nccl on CUDA, else gloo
+device = ''                    # cuda, cuda:1, mps or cpu; '' finds out by itself
+dtype = ''                     # bfloat16, float16 (with a GradScaler) or float32; '' takes the best that the device has
+compile = torch.cuda.is_available()  # use torch.compile to make the model faster
+# -----------------------------------------------------------------------------
+
+
+def start_processes(config):
+    """Finds the device, joins torchrun's other processes. Returns a namespace: rank, world, device, device_type, dtype."""
+    place = SimpleNamespace(rank=int(os.environ.get('RANK', 0)), world=int(os.environ.get('WORLD_SIZE', 1)),
+                            device=config.device or find_device(), ddp='RANK' in os.environ)
+    place.device_type = place.device.split(':')[0]
+    if place.device_type not in ('cuda', 'mps', 'cpu'):
+        raise ValueError(f'device must be cuda, mps or cpu, got {place.device!r}')
+    if config.gradient_accumulation_steps % place.world:
+        raise ValueError(f'gradient_accumulation_steps ({config.gradient_accumulation_steps}) counts the micro-batches '
+                         f'of all processes and must be a multiple of their number ({place.world})')
+    if place.ddp:
+        if place.device_type == 'cuda':
+            place.device = f'cuda:{os.environ["LOCAL_RANK"]}'
+            torch.cuda.set_device(place.device)
+        dist.init_process_group(backend=config.backend or ('nccl' if place.device_type == 'cuda' else 'gloo'))
+    best = 'float32' if place.device_type != 'cuda' else 'bfloat16' if torch.cuda.is_bf16_supported() else 'float16'
+    place.dtype = config.dtype or best
+    if place.dtype not in ('bfloat16', 'float16', 'float32'):
+        raise ValueError(f'dtype must be bfloat16, float16 or float32, got {place.dtype!r}')
+    torch.set_float32_matmul_precision('high')  # tf32 on CUDA
+    return place
+
+
+def build_model(config, tokenizer):
+    """The model as init_from says, and the checkpoint to resume from, or None."""
+    if config.init_from == 'scratch':
+        args = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
+        vocab_size = -(-tokenizer.n_vocab // 64) * 64  # padded for efficiency; the spare ids are never drawn
+        return GPT(GPTConfig(**args, vocab_size=vocab_size, image_token=tokenizer.encode_single_token(IMAGE))), None
+    resume = config.init_from == 'resume'
+    path = os.path.join(config.out_dir, 'ckpt.pt') if resume else config.init_from
+    checkpoint = load_checkpoint(path)
+    model = GPT.from_state(checkpoint, path, dropout=config.dropout)
+    if tokenizer.n_vocab > model.config.vocab_size or model.config.vision_encoder and \
+            model.config.image_token != tokenizer.encode_single_token(IMAGE):
+        raise ValueError(f'{path} was not trained with the tokenizer {tokenizer.name}: take the one it was trained with')
+    if config.block_size < model.config.block_size:
+        model.crop_block_size(config.block_size)
+    if not resume:
+        return model, None
+    missing = sorted({'optimizer', 'iter_num', 'best_val_loss', 'config'} - set(checkpoint))
+    if missing or not isinstance(checkpoint['optimizer'], list):
+        raise ValueError(f'{path} cannot be resumed: it was not written by this train.py; start from its weights with '
+                         f'--init_from={path}')
+    for key, old in checkpoint['config'].items():
+        if key in vars(config) and getattr(config, key) != old and key != 'init_from':
+            print(f'note: {key} was {old!r}, and is {getattr(config, key)!r} from now on', file=sys.stderr)
+    return model, checkpoint
+
+
+def get_lr_scale(it, config):
+    """The share of its full learning rate that every part has at step `it`: linear warmup, then a cosine."""
+    top = config.learning_rate or max(config.vision_lr, config.connector_lr)
+    floor = config.min_lr / top
+    if not config.decay_lr:
+        return 1.0
+    if it < config.warmup_iters:
+        return (it + 1) / (config.warmup_iters + 1)
+    end = config.lr_decay_iters or config.max_iters
+    if it >= end:
+        return floor
+    ratio = (it - config.warmup_iters) / (end - config.warmup_iters)
+    return floor + (1 - floor) * 0.5 * (1.0 + math.cos(math.pi * ratio))
+
+
+# -----------------------------------------------------------------------------
+# evaluation: the model must prove that it sees
+
+class Evaluation:
+    """
+    The held-out examples, and what is asked about them. All ranks work at it, each on its share of the batches.
+
+        val_loss       nats per target token
+        blank_loss     the same with every image white: what the model knows without looking
+        shuffled_loss  the same with another example's images: what it believes of pictures that tell it lies
+        text_loss      plain held-out text: whether the language is kept
+        cer, exact     greedy answers against the truth
+        none_loss, infix_loss, R, R_blank, R_shuffled    of task continue: the postfix's loss without any infix, with the
+                       infix as text, and the pixel recovery R = (none - pixels) / (none - infix), the part of what the
+                       infix would have told that came through its pixels
+    """
+
+    def __init__(self, config, tokenizer, model_config, place):
+        self.config, self.tokenizer, self.model_config, self.place = config, tokenizer, model_config, place
+        rows = open_rows(config.dataset, 'val')
+        weights = parse_tasks(config.tasks)
+        pictured = ' '.join(f'{t}:{w}' for t, w in weights.items() if t != 'text') if model_config.vision_encoder else ''
+        n = max(config.eval_iters * config.batch_size, config.eval_samples if model_config.vision_encoder else 0)
+        plain = 'messages' not in rows[0] and not rows[0].get('images')
+        n = n if plain else min(n, len(rows))
+        if not model_config.vision_encoder and plain and set(weights) != {'text'}:
+            raise ValueError(f'tasks {config.tasks!r} makes pictures, but the model has no vision_encoder: '
+                             'set --vision_encoder=vit, or --tasks=text')
+        first = Examples(rows, config, seed=0, tasks=pictured or 'text', shuffle=False)
+        self.examples = [first[i] for i in range(n)]
+        self.texts = []
+        if plain and pictured:
+            texts = Examples(rows, config, seed=0, tasks='text', shuffle=False)
+            self.texts = [texts[i] for i in range(config.eval_iters * config.batch_size)]
+        self.losses_of = self.examples[:config.eval_iters * config.batch_size]
+        self.questions = [e for e in self.examples if 'messages' in e][:config.eval_samples]
+
+    def loss(self, model, autocast, examples):
+        """(nats per target, number of targets) of examples, over all ranks."""
+        size, total = self.config.batch_size, torch.zeros(2, dtype=torch.float64)
+        for i in range(self.place.rank * size, len(examples), self.place.world * size):
+            batch = collate([tokenize(e, self.tokenizer, self.model_config, self.config.loss_on)
+                             for e in examples[i:i + size]], self.model_config)
+            with autocast:
+                total[0] += model(*to_device(batch, self.place.device), 'sum')[1].item()
+            total[1] += (batch['targets'] >= 0).sum()
+        if self.place.ddp:
+            total = total.to(self.place.device, torch.float32 if self.place.device_type == 'mps' else torch.float64)
+            dist.all_reduce(total)
+        return total[0].item() / max(1, total[1].item()), int(total[1])
+
+    def answers(self, model, autocast):
+        """Greedy answers to self.questions, on every rank."""
+        size, found = self.config.batch_size, {}
+        for i in range(self.place.rank * size, len(self.questions), self.place.world * size):
+            with autocast:
+                # as long as the longest answer and a bit: a model that rambles on is wrong anyway
+                longest = max(len(self.tokenizer.encode_ordinary(reference(e))) for e in self.questions[i:i + size])
+                found[i] = answer(model, self.tokenizer, self.questions[i:i + size], longest + 8)
+        if self.place.ddp:
+            shares = [None] * self.place.world
+            dist.all_gather_object(shares, found)
+            found = {i: texts for share in shares for i, texts in share.items()}
+        return [text for i in sorted(found) for text in found[i]]
+
+    @torch.no_grad()
+    def run(self, model, autocast):
+        """The dict of log.jsonl's "eval", and a contact sheet of answers or None."""
+        model.eval()
+        out = {'val_loss': self.loss(model, autocast, self.losses_of)[0]}
+        if any(e.get('images') for e in self.losses_of):
+            out['blank_loss'] = self.loss(model, autocast, blank(self.losses_of))[0]
+            out['shuffled_loss'] = self.loss(model, autocast, shuffled(self.losses_of))[0]
+        if self.texts:
+            out['text_loss'] = self.loss(model, autocast, self.texts)[0]
+        infixes = [e for e in self.losses_of if 'infix' in e]
+        if infixes:
+            out.update(self.pixel_recovery(model, autocast, infixes))
+        sheet = None
+        if self.questions:
+            predictions = self.answers(model, autocast)
+            out.update(score(predictions, [reference(e) for e in self.questions]), n=len(predictions))
+            if self.place.rank == 0 and any(e.get('images') for e in self.questions[:32]):
+                sheet = answer_sheet(self.questions[:32], predictions[:32])
+        model.train()
+        return out, sheet
+
+    def pixel_recovery(self, model, autocast, examples):
+        """R, its controls and the losses it is made of, all on the same postfix tokens."""
+        as_text = [{**e, 'images': []} for e in examples]
+        variants = {'pixels': examples, 'blank': blank(examples), 'shuffled': shuffled(examples),
+                    'none': [{**e, 'filling': ''} for e in as_text], 'infix': [{**e, 'filling': e['infix']} for e in as_text]}
+        losses, counts = {}, set()
+        for name, variant in variants.items():
+            losses[name], count = self.loss(model, autocast, variant)
+            counts.add(count)
+        if len(counts) > 1:
+            raise ValueError(f'block_size ({self.model_config.block_size}) is too small to measure R: with its infix as '
+                             'text a sequence is cut off; lower max_span or raise block_size')
+        told = losses['none'] - losses['infix']
+        recovery = {name: (losses['none'] - losses[key]) / told for name, key in
+                    (('R', 'pixels'), ('R_blank', 'blank'), ('R_shuffled', 'shuffled'))}
+        return {'pixels_loss': losses['pixels'], 'none_loss': losses['none'], 'infix_loss': losses['infix'], **recovery}
+
+
+def blank(examples):
+    """The examples with white images of the same sizes."""
+    return [{**e, 'images': [Image.new('RGB', load_image(s).size, 'white') for s in e.get('images') or []]} for e in examples]
+
+
+def shuffled(examples):
+    """The examples with the images of others: image j becomes image j + M/2 of all M."""
+    images = [s for e in examples for s in e.get('images') or []]
+    images = iter(images[len(images) // 2:] + images[:len(images) // 2])
+    return [{**e, 'images': [next(images) for _ in e.get('images') or []]} for e in examples]
+
+
+def to_device(batch, device):
+    """A collated batch as the model's arguments (idx, targets, images)."""
+    move = lambda t: t.to(device, non_blocking=True)
+    return move(batch['idx']), move(batch['targets']), batch['images'] and tuple(map(move, batch['images']))
+
+
+# -----------------------------------------------------------------------------
+# what a run leaves
+
+def save_checkpoint(path, checkpoint, keep=0):
+    """
+    Writes to a temporary name and renames: whatever happens meanwhile, the last good file stays. With `keep`, the file
+    also stays as ckpt_ITER.pt, and only the newest `keep` of those. Raises OSError if it cannot be written.
+    """
+    temporary = path + '.tmp'
+    try:
+        with open(temporary, 'wb') as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        free = shutil.disk_usage(os.path.dirname(path) or '.').free / 2**20
+        raise OSError(f'could not write {path} ({error}; {free:.0f} MiB are free there): the last good checkpoint is '
+                      'untouched; make room and go on with --init_from=resume') from error
+    if keep:
+        folder = os.path.dirname(path)
+        shutil.copy(path, os.path.join(folder, f'ckpt_{checkpoint["iter_num"]:08d}.pt'))
+        numbered = sorted(n for n in os.listdir(folder) if n.startswith('ckpt_') and n[5:-3].isdigit())
+        for name in numbered[:-keep]:
+            os.remove(os.path.join(folder, name))
+
+
+class Log:
+    """log.jsonl, from the master process only. Resuming takes back what the lost steps after the checkpoint had written."""
+
+    def __init__(self, config, place, iter_num):
+        self.path, self.wandb = os.path.join(config.out_dir, 'log.jsonl'), None
+        self.master = place.rank == 0
+        if not self.master:
+            return
+        os.makedirs(config.out_dir, exist_ok=True)
+        kept = []
+        if iter_num and os.path.exists(self.path):
+            with open(self.path, encoding='utf-8') as f:
+                for line in f:
+                    if line.endswith('\n') and (row := json.loads(line))['iter'] + ('eval' in row) <= iter_num:
+                        kept.append(line)
+        with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
+            f.writelines(kept)
+        os.replace(self.path + '.tmp', self.path)
+        if config.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError('wandb_log needs wandb: pip install "glimpse[wandb]"') from None
+            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=vars(config))
+
+    def write(self, row):
+        if self.master:
+            with open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(row) + '\n')
+            if self.wandb:
+                self.wandb.log({**row.get('eval', row), 'iter': row['iter']}, step=row['iter'])
+
+
+# -----------------------------------------------------------------------------
+# the loop
+
+def quiet_worker(_):
+    """A loader's process leaves Ctrl-C and SIGTERM to the training process, which saves first and ends it then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def open_loader(config, tokenizer, model_config, place, iter_num):
+    """This rank's micro-batches from step iter_num on: of each step's, every world-th."""
+    examples = Examples(open_rows(config.dataset, 'train'), config, config.seed)
+    batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on)
+    accumulation = config.gradient_accumulation_steps
+    order = (step * accumulation + micro for step in range(iter_num, config.max_iters)
+             for micro in range(place.rank, accumulation, place.world))
+    return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, num_workers=config.num_workers,
+                                            worker_init_fn=quiet_worker, pin_memory=place.device_type == 'cuda',
+                                            prefetch_factor=4 if config.num_workers else None))
+
+
+def next_batch(loader):
+    """The loader's next micro-batch; raises ValueError for what went wrong in its worker."""
+    batch = next(loader)
+    if 'error' in batch:
+        raise ValueError(batch['error'])
+    return batch
+
+
+def train_step(model, optimizers, scaler, batches, autocast, config, place, stop):
+    """
+    One optimizer step over this rank's micro-batches. The gradient is that of the mean loss over all target tokens of
+    the step, whichever rank and micro-batch they are in: a mean of means would weigh short answers more.
+    Returns (loss in nats per target, number of tokens, whether any rank wants to stop).
+    """
+    targets = sum(int((b['targets'] >= 0).sum()) for b in batches)
+    totals = torch.tensor([targets, sum(int(b['lengths'].sum()) for b in batches), stop], device=place.device)
+    if place.ddp:
+        dist.all_reduce(totals)
+    targets, tokens, stop = totals.tolist()
+    if not targets:
+        raise ValueError('a step without anything to learn: no example of it has a target left, because the answers '
+                         f'are empty or cut off by block_size ({config.block_size})')
+    summed = torch.zeros((), device=place.device)
+    for i, batch in enumerate(batches):
+        if place.ddp:  # gradients travel once a step, with the last micro-batch
+            model.require_backward_grad_sync = i == len(batches) - 1
+        with autocast:
+            _, loss = model(*to_device(batch, place.device), 'sum')
+        summed += loss.detach()
+        scaler.scale(loss * (place.world / targets)).backward()  # DDP averages over ranks: times world is the sum
+    if place.ddp:
+        dist.all_reduce(summed)
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    if config.grad_clip:
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.grad_clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return summed / targets, tokens, bool(stop)
+
+
+def main():
+    config = SimpleNamespace(**configure(globals()))
+    place = start_processes(config)
+    torch.manual_seed(config.seed)
+    encoding = get_tokenizer(config.tokenizer)
+    raw_model, checkpoint = build_model(config, encoding)
+    raw_model.to(place.device)
+    optimizers = raw_model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
+                                                place.device_type, config.vision_lr, config.connector_lr,
+                                                config.optimizer, config.muon_lr)
+    scaler = torch.amp.GradScaler(place.device_type, enabled=place.dtype == 'float16')
+    iter_num, best_val_loss = 0, math.inf
+    if checkpoint:
+        iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+        for optimizer, state in zip(optimizers, checkpoint['optimizer']):
+            rates = [group['initial_lr'] for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, lr in zip(optimizer.param_groups, rates):
+                group['initial_lr'] = lr  # a rate given on the command line counts, as everywhere
+        scaler.load_state_dict(checkpoint['scaler'])
+    del checkpoint
+    evaluation = Evaluation(config, encoding, raw_model.config, place)
+    loader = open_loader(config, encoding, raw_model.config, place, iter_num)
+    log = Log(config, place, iter_num)
+    model = torch.compile(raw_model) if config.compile else raw_model
+    if place.ddp:
+        model = DDP(model, device_ids=[place.device] if place.device_type == 'cuda' else None, broadcast_buffers=False)
+    autocast = torch.autocast(place.device_type, dtype=getattr(torch, place.dtype), enabled=place.dtype != 'float32')
+
+    def save(name):
+        if place.rank == 0:
+            save_checkpoint(os.path.join(config.out_dir, name), {
+                'model': raw_model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
+                'model_args': vars(raw_model.config), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
+                'config': vars(config), 'scaler': scaler.state_dict()}, config.keep_checkpoints if name == 'ckpt.pt' else 0)
+
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    if place.rank == 0:
+        parts = ', '.join(f'{part} {sum(p.numel() for p in named.values()) / 1e6:.2f}M'
+                          for part, named in raw_model.parts().items() if named)
+        print(f'parameters: {parts}; on {place.world} x {place.device_type}, {place.dtype}', file=sys.stderr)
+    bar = tqdm(total=config.max_iters, initial=iter_num, unit='step', disable=place.rank > 0)
+    started, first, stop = time.time(), iter_num, False
+    step_seconds, step_tokens = 0.0, 0
+
+    while True:
+        finished = iter_num >= config.max_iters
+        if stop:  # Ctrl-C or SIGTERM, on whichever rank: all are here after the same step
+            save('ckpt.pt')
+            break
+        if iter_num % config.eval_interval == 0 or finished or config.eval_only:
+            # save first: what an evaluation can break must not cost the steps behind it
+            if iter_num > first and (config.always_save_checkpoint or finished):
+                save('ckpt.pt')
+            result, sheet = evaluation.run(raw_model, autocast)
+            log.write({'iter': iter_num, 'eval': result, 'elapsed_s': round(time.time() - started, 1)})
+            if sheet:
+                sheet.save(os.path.join(config.out_dir, 'samples.png'))
+            tqdm.write(f'step {iter_num}: ' + ', '.join(f'{k} {v:.4g}' for k, v in result.items()),
+                       file=sys.stderr) if place.rank == 0 else None
+            if result['val_loss'] < best_val_loss and iter_num > 0 and not config.eval_only:
+                best_val_loss = result['val_loss']
+                save('ckpt_best.pt')
+        if finished or config.eval_only:
+            break
+
+        t0 = time.time()
+        scale = get_lr_scale(iter_num, config)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group['lr'] = group['initial_lr'] * scale
+        torch.manual_seed(config.seed + 1_000_003 * iter_num + place.rank)  # dropout, the same after a resume
+        batches = [next_batch(loader) for _ in range(config.gradient_accumulation_steps // place.world)]
+        loss, tokens, stop = train_step(model, optimizers, scaler, batches, autocast, config, place, len(signals))
+        iter_num += 1
+        step_seconds, step_tokens = step_seconds + time.time() - t0, step_tokens + tokens
+        bar.update()
+        if iter_num % config.log_interval == 0 or iter_num == config.max_iters:
+            loss = loss.item()
+            if not math.isfinite(loss):
+                raise ValueError(f'the loss is {loss} after {iter_num} steps: lower the learning rates or check the data; '
+                                 'the last checkpoint is untouched')
+            row = {'iter': iter_num, 'loss': loss, 'lr': config.learning_rate * scale,
+                   'tokens_per_s': round(step_tokens / step_seconds), 'elapsed_s': round(time.time() - started, 1)}
+            if place.device_type == 'cuda':
+                row['mfu'] = raw_model.estimate_mfu(step_tokens / place.world / raw_model.config.block_size, step_seconds)
+            log.write(row)
+            bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=row['tokens_per_s'])
+            step_seconds, step_tokens = 0.0, 0
+
+    bar.close()
+    if place.ddp:
+        dist.destroy_process_group()
+    if stop:
+        if place.rank == 0:
+            print(f'saved after step {iter_num}; go on with --init_from=resume', file=sys.stderr)
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+
+if __name__ == '__main__':
+    run(main)
