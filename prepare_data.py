@@ -164,23 +164,24 @@ def pieces(text, least=600):
 
 def pydoc_rows(split):
     """
-    The topics of `help()` in pieces. One topic of ten, chosen by a hash of its name, is held out, less the paragraphs
-    that also stand in another topic. Lines without a letter, rules and table borders, are no text to read.
+    The topics of `help()` in pieces. One topic of ten, chosen by a hash of its name, is held out, and so is every
+    paragraph of it that other topics repeat. Lines without a letter, rules and table borders, are no text to read.
     """
     from pydoc_data.topics import topics
-    cleaned = {name: '\n'.join(line for line in text.split('\n') if not line.strip() or re.search('[A-Za-z]', line))
-               for name, text in topics.items()}
-    held_out = {name for name in topics if hashlib.sha256(name.encode()).digest()[0] < 26}
-    train = '\n\n'.join(cleaned[name] for name in sorted(topics) if name not in held_out)
-    if split == 'train':
-        return [{'text': piece} for piece in pieces(train)]
-    seen = {' '.join(p.split()) for p in re.split(r'\n\s*\n', train)}
-    unseen = (p for name in sorted(held_out) for p in re.split(r'\n\s*\n', cleaned[name]) if ' '.join(p.split()) not in seen)
-    return [{'text': piece} for piece in pieces('\n\n'.join(unseen))]
+    paragraphs = {'train': {}, 'val': {}}  # without white space -> as it stands; a dict keeps their order
+    for name in sorted(topics, key=lambda name: (hashlib.sha256(name.encode()).digest()[0] >= 26, name)):
+        held_out = hashlib.sha256(name.encode()).digest()[0] < 26
+        text = '\n'.join(line for line in topics[name].split('\n') if not line.strip() or re.search('[A-Za-z]', line))
+        for paragraph in re.split(r'\n\s*\n', text):
+            key = ''.join(paragraph.split())
+            if key not in paragraphs['val']:  # the held-out topics come first
+                paragraphs['val' if held_out else 'train'].setdefault(key, paragraph)
+    return [{'text': piece} for piece in pieces('\n\n'.join(paragraphs[split].values()))]
 
 
 # -----------------------------------------------------------------------------
-# plain text becomes examples. A task is (text, rng, config) -> example, and config holds train.py's knobs
+# plain text becomes examples. A task is (text, rng, config, growth) -> example; config holds train.py's knobs,
+# growth in (0, 1] says how long a picture's text is in the beginning of a run that lets it grow
 
 def text_span(text, rng, low, high):
     """A span of `low` to `high` characters from a random place of the text, at word boundaries if there are some."""
@@ -188,13 +189,15 @@ def text_span(text, rng, low, high):
     if len(text) <= length:
         return text.strip()
     start = rng.randrange(len(text) - length + 1)
-    while start and not text[start - 1].isspace() and start > 0:
+    while start and not text[start - 1].isspace():
         start -= 1  # back to the beginning of the word
-    span = text[start:start + length]
-    if start + length < len(text) and not text[start + length].isspace():
-        cut = max(span.rfind(' '), span.rfind('\n'))
-        span = span[:cut] if cut >= low else span
-    return span.strip()
+    end = start + length
+    if end < len(text) and not text[end].isspace():
+        cut = max(text.rfind(' ', start, end), text.rfind('\n', start, end))
+        end = cut if cut - start >= low else end
+    while len(text[start:end].strip()) < low and end < len(text):
+        end += 1
+    return text[start:end].strip()
 
 
 def picture(text, rng, config):
@@ -213,14 +216,16 @@ def picture(text, rng, config):
             text = text[:len(text) * 7 // 8].rstrip()
 
 
-def read(text, rng, config):
+def read(text, rng, config, growth=1.0):
     """A picture of a span of text -> the span: what an OCR model does."""
+    high = max(2, round(config.max_chars * growth))
+    low = min(config.min_chars, 1 + high // 2)
     span = ' '.join(text.split()) if config.one_line else text
-    span, image = picture(text_span(span, rng, config.min_chars, config.max_chars), rng, config)
+    span, image = picture(text_span(span, rng, low, high), rng, config)
     return {'messages': [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}], 'images': [image]}
 
 
-def continue_(text, rng, config):
+def continue_(text, rng, config, growth=1.0):
     """
     Text whose middle is a picture -> the text behind it: text-only VLM pretraining. "infix" keeps what was drawn, so
     that an evaluation can ask how much of it the model took from the pixels.
@@ -236,7 +241,7 @@ def continue_(text, rng, config):
     return {'text': ''.join(prefix) + IMAGE + ''.join(postfix), 'images': [image], 'infix': infix, 'loss_on': 'postfix'}
 
 
-def plain(text, rng, config):
+def plain(text, rng, config, growth=1.0):
     """A span of text as text: it keeps the language alive."""
     return {'text': text_span(text, rng, config.min_span, config.max_span)}
 
@@ -266,8 +271,10 @@ class Examples:
     in another order and, for plain text, draws another task, span and picture from each.
     """
 
-    def __init__(self, rows, config, seed, tasks=None, shuffle=True):
+    def __init__(self, rows, config, seed, tasks=None, shuffle=True, growing=0, seen=''):
         self.rows, self.config, self.seed, self.shuffle = rows, config, seed, shuffle
+        self.growing = growing  # over as many examples, pictures grow from a few characters to max_chars
+        self.seen = seen        # text of which no line is to be read
         self.tasks = parse_tasks(config.tasks if tasks is None else tasks)
         self.order = (None, None)  # (epoch, permutation), the last one used
 
@@ -281,7 +288,22 @@ class Examples:
             return row  # an example already
         rng = random.Random(f'{self.seed} {i}')
         task = rng.choices(list(self.tasks), list(self.tasks.values()))[0]
-        return TASKS[task](row['text'], rng, self.config)
+        growth = min(1.0, (i + 1) / self.growing) if self.growing else 1.0
+        example = TASKS[task](row['text'], rng, self.config, growth)
+        for _ in range(100):
+            if task != 'read' or example['messages'][-1]['content'] not in self.seen:
+                break
+            example = TASKS[task](row['text'], rng, self.config, growth)
+        return example
+
+
+def held_out_examples(dataset, config, tasks):
+    """
+    The examples of a dataset's held-out rows, in their order. Of pydoc, which is small enough to be searched, no line
+    to read occurs in the training text, not even a common phrase.
+    """
+    seen = '\n'.join(' '.join(row['text'].split()) for row in open_rows(dataset, 'train')) if dataset == 'pydoc' else ''
+    return Examples(open_rows(dataset, 'val'), config, seed=0, tasks=tasks, shuffle=False, seen=seen)
 
 
 # -----------------------------------------------------------------------------
@@ -432,8 +454,8 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False)
 
     targets[t] is the token behind idx[t], or -1 where nothing is to be learnt: for the 'assistant' it is the answers
     and their end, for 'all' every text token. Image tokens never are targets, but the last of them predicts the text
-    behind it. Text that takes more than block_size positions is cut; an image is not.
-    Raises ValueError if images and <image> places differ, or an image would be cut off.
+    behind it. Text that takes more than block_size positions is cut; an image
+    is not, and neither is a prompt. Raises ValueError if images and <image> places differ, or something does not fit.
     """
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
@@ -448,16 +470,17 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False)
             positions += 1
         else:
             new = [tokenizer.encode_single_token(text)] if is_special else encode(tokenizer, text)
-            # cut what runs over; one more than block_size, because the last id is only a target
-            new = new[:max(0, config.block_size + (not prompt_only) - positions)]
+            if not prompt_only:  # cut what runs over; one more than block_size, because the last id is only a target
+                new = new[:max(0, config.block_size + 1 - positions)]
             positions += len(new)
         ids += new
         learn += [learnt] * len(new)
     if left:
         raise ValueError(f'{len(images)} images, but only {len(images) - len(left)} <image> places in the text')
     if positions > config.block_size + (not prompt_only):
-        raise ValueError(f'text and images up to the last image take {positions} positions, but block_size is '
-                         f'{config.block_size}: shorten the text or train with a larger block_size')
+        raise ValueError(f'{"the prompt takes" if prompt_only else "text and images up to the last image take"} '
+                         f'{positions} positions, but block_size is {config.block_size}: shorten the text or train with '
+                         'a larger block_size')
     if prompt_only:
         return {'idx': ids, 'targets': [-1] * len(ids), 'images': images}
     return {'idx': ids[:-1], 'targets': [i if learnt else -1 for i, learnt in zip(ids[1:], learn[1:])], 'images': images}

@@ -78,7 +78,7 @@ def wrap(text, font, width):
     lines = []
     for paragraph in text.expandtabs(4).split('\n'):
         while font.getlength(paragraph) > width:
-            # the longest head that fits, by bisection: getlength grows with the head
+            # the longest head that fits, by bisection
             low, high = 0, len(paragraph)
             while high - low > 1:
                 middle = (low + high) // 2
@@ -106,7 +106,7 @@ def layout(text, font, width, leading=LEADING):
     pitch = math.ceil(leading * font.size)
     # accents and italics can stand out of the font's own metrics, so the ink is measured, not assumed
     boxes = [font.getbbox(line) for line in lines]
-    x0 = min(0, *(b[0] for b in boxes)) if boxes else 0
+    x0 = min(0, *(b[0] for b in boxes))
     y0 = min(0, boxes[0][1])
     x1 = max(b[2] for b in boxes)
     y1 = max(ascent + descent + pitch * (len(lines) - 1), *(pitch * i + b[3] for i, b in enumerate(boxes)), 0)
@@ -117,30 +117,30 @@ class DoesNotFit(ValueError):
     """The text overflows its box even at the smallest font size that is allowed."""
 
 
+@functools.lru_cache(maxsize=256)
+def tallest(font, height, max_size):
+    """The largest font size up to max_size of which one line is no higher than `height` pixels, or 0."""
+    return next((size for size in range(max_size, 0, -1) if sum(load_font(font, size).getmetrics()) <= height), 0)
+
+
 def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE, leading=LEADING):
     """
     The largest font size, min_size <= size <= max_size, at which the wrapped text stays inside width x height pixels.
-    Returns (size, lines). Raises ValueError for text without ink, DoesNotFit for text that overflows even at min_size.
+    Returns (size, lines, ink box), the last two as `layout` gives them. Raises ValueError for text without ink,
+    DoesNotFit for text that overflows even at min_size.
     Binary search over cached fonts, as text-only VLM pretraining does it (sizes 12 to 200, leading 1.4).
     """
     if not text.strip():
         raise ValueError('there is nothing to draw: the text is empty or white space')
-
-    def lines_at(size):
-        found = layout(text, load_font(font, size), width, leading)
-        if found is None:
-            return None
-        lines, (x0, y0, x1, y1) = found
-        return lines if x1 - x0 <= width and y1 - y0 <= height else None
-
-    low, high, best = min_size, max_size, None
+    low, high, best = min_size, tallest(font, height, max_size), None
+    size = high  # a short line usually fits at the largest size that is not too high, so that is tried first
     while low <= high:
-        size = (low + high) // 2
-        lines = lines_at(size)
-        if lines is None:
-            high = size - 1
+        found = layout(text, load_font(font, size), width, leading)
+        if found and found[1][2] - found[1][0] <= width and found[1][3] - found[1][1] <= height:
+            best, low = (size, *found), size + 1
         else:
-            best, low = (size, lines), size + 1
+            high = size - 1
+        size = (low + high) // 2
     if best is None:
         raise DoesNotFit(f'a text of {len(text)} characters does not fit {width}x{height} pixels at font size '
                          f'{min_size}: shorten it or enlarge the box')
@@ -169,9 +169,8 @@ def draw(text, width, height, font='', size=0, position=(0.0, 0.0), color=(0, 0,
     inner_w, inner_h = int((width * c - height * s) / (c * c - s * s)), int((height * c - width * s) / (c * c - s * s))
     if rotate and (inner_w < 1 or inner_h < 1):
         raise DoesNotFit(f'a box of {width}x{height} pixels leaves no room for text turned by {rotate} degrees')
-    size, lines = fit(text, inner_w, inner_h, font, size or min_size, size or max_size, leading)
+    size, lines, (x0, y0, x1, y1) = fit(text, inner_w, inner_h, font, size or min_size, size or max_size, leading)
     face = load_font(font, size)
-    _, (x0, y0, x1, y1) = layout(text, face, inner_w, leading)
     if trim:
         width = width - inner_w + max(1, math.ceil(x1 - x0))
         inner_w = max(1, math.ceil(x1 - x0))

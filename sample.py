@@ -20,7 +20,7 @@ import render
 from configurator import configure, run
 from model import GPT, load_checkpoint
 from prepare_data import (END, IMAGE, Examples, JsonLines, collate, decode, drawable_ids, get_tokenizer,
-                          load_image, open_rows, tokenize)
+                          held_out_examples, load_image, tokenize)
 
 # -----------------------------------------------------------------------------
 out_dir = 'out'          # where train.py has left its checkpoint
@@ -151,8 +151,11 @@ def converse(model, encoding):
 
 def evaluate(model, encoding, config):
     """Greedy answers to a held-out set: scores to stdout as JSON, eval.csv and eval.png to out_dir."""
-    rows = JsonLines(eval) if os.path.isfile(eval) and eval.endswith('.jsonl') else open_rows(eval, 'val')
-    examples = Examples(rows, config, seed=0, tasks='read', shuffle=False)
+    if os.path.isfile(eval) and eval.endswith('.jsonl'):
+        examples = Examples(JsonLines(eval), config, seed=0, tasks='read', shuffle=False)
+    else:
+        examples = held_out_examples(eval, config, 'read')
+    rows = examples.rows
     drawn = 'messages' not in rows[0]  # plain text gives any number of examples, each another picture
     examples = [examples[i] for i in range(eval_samples if drawn else min(eval_samples, len(rows)))]
     examples = [e for e in examples if 'messages' in e]

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from configurator import configure, run
 from model import GPT, GPTConfig, load_checkpoint
-from prepare_data import (IMAGE, Batches, Examples, collate, get_tokenizer, load_image, open_rows, parse_tasks, tokenize)
+from prepare_data import (IMAGE, Batches, Examples, collate, get_tokenizer, held_out_examples, load_image,
+                          open_rows, parse_tasks, tokenize)
 from sample import answer, answer_sheet, find_device, reference, score
 
 # -----------------------------------------------------------------------------
@@ -61,6 +62,7 @@ image_height = 16
 one_line = True                # True: white space is one space, the picture as wide as its line; False: a page
 min_chars = 16                 # task read: characters in a picture
 max_chars = 32
+grow_iters = 0                 # task read: steps over which pictures grow from a few characters to full length
 min_span = 200                 # tasks continue and text: characters of the text
 max_span = 4000
 infix_min = 0.1                # task continue: share of the text that becomes a picture
@@ -193,20 +195,20 @@ class Evaluation:
 
     def __init__(self, config, tokenizer, model_config, place):
         self.config, self.tokenizer, self.model_config, self.place = config, tokenizer, model_config, place
-        rows = open_rows(config.dataset, 'val')
         weights = parse_tasks(config.tasks)
         pictured = ' '.join(f'{t}:{w}' for t, w in weights.items() if t != 'text') if model_config.vision_encoder else ''
         n = max(config.eval_iters * config.batch_size, config.eval_samples if model_config.vision_encoder else 0)
+        first = held_out_examples(config.dataset, config, pictured or 'text')
+        rows = first.rows
         plain = 'messages' not in rows[0] and not rows[0].get('images')
         n = n if plain else min(n, len(rows))
         if not model_config.vision_encoder and plain and set(weights) != {'text'}:
             raise ValueError(f'tasks {config.tasks!r} makes pictures, but the model has no vision_encoder: '
                              'set --vision_encoder=vit, or --tasks=text')
-        first = Examples(rows, config, seed=0, tasks=pictured or 'text', shuffle=False)
         self.examples = [first[i] for i in range(n)]
         self.texts = []
         if plain and pictured:
-            texts = Examples(rows, config, seed=0, tasks='text', shuffle=False)
+            texts = held_out_examples(config.dataset, config, 'text')
             self.texts = [texts[i] for i in range(config.eval_iters * config.batch_size)]
         self.losses_of = self.examples[:config.eval_iters * config.batch_size]
         self.questions = [e for e in self.examples if 'messages' in e][:config.eval_samples]
@@ -370,7 +372,8 @@ def quiet_worker(_):
 
 def open_loader(config, tokenizer, model_config, place, iter_num):
     """This rank's micro-batches from step iter_num on: of each step's, every world-th."""
-    examples = Examples(open_rows(config.dataset, 'train'), config, config.seed)
+    examples = Examples(open_rows(config.dataset, 'train'), config, config.seed,
+                        growing=config.grow_iters * config.gradient_accumulation_steps * config.batch_size)
     batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on)
     accumulation = config.gradient_accumulation_steps
     order = (step * accumulation + micro for step in range(iter_num, config.max_iters)
