@@ -151,13 +151,16 @@ def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE, lead
 # draw: text -> image
 
 def draw(text, width, height, font='', size=0, position=(0.0, 0.0), color=(0, 0, 0), background=(255, 255, 255),
-         trim=False, rotate=0.0, blur=0.0, noise=0.0, seed=0, min_size=MIN_SIZE, max_size=MAX_SIZE, leading=LEADING):
+         trim=False, pad=(0, 0), scale=1.0, rotate=0.0, blur=0.0, noise=0.0, seed=0, min_size=MIN_SIZE, max_size=MAX_SIZE,
+         leading=LEADING):
     """
     Draws text into a box of width x height pixels. Returns an RGB PIL image.
 
     size      font size in pixels; 0 takes the largest that fits (`fit`)
     position  (x, y) in [0, 1]: where in the room that is left over the text stands; (0, 0) is top left
     trim      cut the picture to the width of the text: a picture as wide as its line, for a native-resolution encoder
+    pad       pixels of background left and right of the text
+    scale     share of the font size that would fit, so that `position` has room to move the text in
     rotate    degrees counter-clockwise; the box is kept, so the text is set smaller
     blur      radius of a Gaussian blur in pixels
     noise     standard deviation of pixel noise, in grey levels of 255, drawn from `seed`
@@ -167,16 +170,19 @@ def draw(text, width, height, font='', size=0, position=(0.0, 0.0), color=(0, 0,
     # a w x h box turned by an angle needs w cos + h sin by w sin + h cos: solve for what fits into ours
     c, s = math.cos(math.radians(abs(rotate))), math.sin(math.radians(abs(rotate)))
     inner_w, inner_h = int((width * c - height * s) / (c * c - s * s)), int((height * c - width * s) / (c * c - s * s))
-    if rotate and (inner_w < 1 or inner_h < 1):
+    if inner_w <= sum(pad) or inner_h < 1:
         raise DoesNotFit(f'a box of {width}x{height} pixels leaves no room for text turned by {rotate} degrees')
-    size, lines, (x0, y0, x1, y1) = fit(text, inner_w, inner_h, font, size or min_size, size or max_size, leading)
-    face = load_font(font, size)
+    size, lines, ink = fit(text, inner_w - sum(pad), inner_h, font, size or min_size, size or max_size, leading)
+    if scale < 1:
+        size = max(min_size, round(size * scale))
+        lines, ink = layout(text, load_font(font, size), inner_w - sum(pad), leading)
+    face, (x0, y0, x1, y1) = load_font(font, size), ink
     if trim:
-        width = width - inner_w + max(1, math.ceil(x1 - x0))
-        inner_w = max(1, math.ceil(x1 - x0))
+        surplus = inner_w - sum(pad) - math.ceil(x1 - x0)
+        width, inner_w = width - surplus, inner_w - surplus
     image = Image.new('RGB', (inner_w, inner_h), background)
     pen = ImageDraw.Draw(image)
-    x = -x0 + position[0] * (inner_w - (x1 - x0))
+    x = pad[0] - x0 + position[0] * (inner_w - sum(pad) - (x1 - x0))
     y = -y0 + position[1] * (inner_h - (y1 - y0))
     pitch = math.ceil(leading * size)
     for i, line in enumerate(lines):
@@ -203,7 +209,7 @@ def add_noise(image, sigma, seed):
 
 def augmentation(rng, strength=1.0):
     """
-    Random arguments for `draw`: position, colours, rotation, blur and noise, scaled by strength in [0, 1]; 0 gives
+    Random arguments for `draw`: size, place, colours, rotation, blur and noise, scaled by strength in [0, 1]; 0 gives
     plain black on white in the corner. `rng` is a random.Random, so the picture is a function of its seed.
     """
     if not strength:
@@ -213,8 +219,10 @@ def augmentation(rng, strength=1.0):
     background, color = tuple(int(paper - t) for t in tint), tuple(int(ink + t) for t in tint)
     if rng.random() < 0.2 * strength:  # now and then light on dark
         background, color = color, background
-    return dict(position=(rng.random() * strength, rng.random() * strength), color=color, background=background,
-                rotate=rng.uniform(-1, 1) * strength if rng.random() < 0.3 else 0.0,
+    return dict(scale=1 - rng.random() * 0.5 * strength, position=(rng.random(), rng.random()),
+                pad=(rng.randint(0, round(8 * strength)), rng.randint(0, round(8 * strength))),
+                color=color, background=background,
+                rotate=rng.uniform(-1, 1) * strength if rng.random() < 0.3 * strength else 0.0,
                 blur=rng.random() * 0.6 * strength if rng.random() < 0.5 else 0.0,
                 noise=rng.random() * 12 * strength, seed=rng.getrandbits(32))
 
@@ -243,11 +251,11 @@ def split(span, rng, low=0.1, high=0.4):
 GREEN, RED, GREY = (0, 110, 40), (190, 20, 20), (60, 60, 60)
 
 
-def contact_sheet(images, captions, right=None, columns=4, cell=320, font_size=15, caption_lines=6):
+def contact_sheet(images, captions, right=None, columns=4, cell=400, font_size=15, caption_lines=6):
     """
     One RGB picture with all images in a grid, each with its caption below.
 
-    images    PIL images; larger ones are scaled down to `cell` pixels of width, small ones up by a whole factor
+    images    PIL images; larger ones are scaled down to `cell` pixels of width, small ones drawn twice as large
     captions  one string each; wrapped, and cut with an ellipsis after caption_lines lines
     right     one bool or None each: the caption is green, red or grey; None for all grey
     """
@@ -260,7 +268,7 @@ def contact_sheet(images, captions, right=None, columns=4, cell=320, font_size=1
     for image, caption, ok in zip(images, captions, right):
         image = image.convert('RGB')
         scale = cell / image.width
-        scale = min(int(scale), 4) if scale >= 1 else scale
+        scale = min(int(scale), 2) if scale >= 1 else scale
         size = max(1, round(image.width * scale)), max(1, min(2 * cell, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
         lines = wrap(caption, font, cell)
