@@ -159,8 +159,9 @@ class GPT(nn.Module):
 
     def embed(self, idx, images=None):
         """
-        idx (B, T) int64, with <image> ids where image tokens stand and -1 where there is only padding. images: (patches, grid) from vision.collate, all
-        images of the batch in the order in which they stand in it, row by row; None if there are none.
+        idx (B, T) int64, with <image> ids where image tokens stand and -1 where there is only padding.
+        images: (patches, grid) from vision.collate, all images of the batch in the order in which they stand in it,
+        row by row; None if there are none.
         Returns x (B, T, C), the sum of token (or image) and position embeddings, and the positions (B, T).
         Raises ValueError if the places and the image tokens are not equally many, or block_size is exceeded.
         """
@@ -176,7 +177,7 @@ class GPT(nn.Module):
             j = (is_image.flatten().cumsum(0) - 1).clamp(0, N * L - 1).view(B, T)
             which = order[j]                                                             # (B, T)
             x = torch.where(is_image[..., None], emb.to(x.dtype).flatten(0, 1)[which], x)
-            new = new & (~is_image | (which % L == 0))  # an image's first token opens its position, the others share it
+            new = new & (~is_image | (which % L == 0))  # an image's first token opens its position, the rest share it
         if not torch.compiler.is_compiling():  # .item() would break the graph; prepare_data.collate has checked it too
             places, tokens = is_image.sum().item(), 0 if images is None else valid.sum().item()
             if places != tokens:
@@ -253,6 +254,8 @@ class GPT(nn.Module):
                 x = block(x, kv, slots, mask)
             last = x[rows, lengths - 1] if step == 0 else x[:, 0]                        # (B, C)
             logits = self.lm_head(self.transformer.ln_f(last)).float()                   # (B, vocab_size)
+            if self.config.image_token >= 0:
+                logits[:, self.config.image_token] = -math.inf  # it stands for pixels, and there are none
             if allowed is not None:
                 logits = logits.masked_fill(~allowed, -math.inf)
             new = draw_token(logits, temperature, top_k, top_p, generator)               # (B,)

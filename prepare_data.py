@@ -201,11 +201,16 @@ def text_span(text, rng, low, high):
 
 
 def picture(text, rng, config):
-    """The text drawn into the config's box, shortened until it fits; returns what was drawn and the image."""
+    """
+    The text drawn into the config's box, shortened until it fits. Returns what was drawn and the image; ('', None) for a
+    text of which the font has no character.
+    """
     font = rng.choice(render.list_fonts(config.font))
     text = render.drawable(text, font)
     text = ' '.join(text.split()) if config.one_line else text
     extra = render.augmentation(rng, config.augment)
+    if not text.strip():
+        return '', None
     while True:
         try:
             return text, render.draw(text, config.image_width, config.image_height, font, trim=config.one_line,
@@ -220,8 +225,10 @@ def read(text, rng, config, growth=1.0):
     """A picture of a span of text -> the span: what an OCR model does."""
     high = max(2, round(config.max_chars * growth))
     low = min(config.min_chars, 1 + high // 2)
-    span = ' '.join(text.split()) if config.one_line else text
-    span, image = picture(text_span(span, rng, low, high), rng, config)
+    span = text_span(' '.join(text.split()) if config.one_line else text, rng, low, high)
+    span, image = picture(span, rng, config)
+    if not span:  # nothing that the font can draw: it stays text
+        return {'text': text}
     return {'messages': [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}], 'images': [image]}
 
 
@@ -235,8 +242,10 @@ def continue_(text, rng, config, growth=1.0):
         return {'text': text}
     prefix, infix, postfix = render.split(words, rng, config.infix_min, config.infix_max)
     drawn, image = picture(''.join(infix).strip(), rng, config)
-    infix, drawn_words = ''.join(infix), drawn.split()
-    if ' '.join(infix.split()) != ' '.join(drawn_words):  # shortened to fit, or glyphs missing: the text says the same
+    if not drawn:
+        return {'text': text}
+    infix = ''.join(infix)
+    if infix.split() != drawn.split():  # shortened to fit, or glyphs are missing: then the text shall tell no more
         infix = ' ' + drawn
     return {'text': ''.join(prefix) + IMAGE + ''.join(postfix), 'images': [image], 'infix': infix, 'loss_on': 'postfix'}
 
@@ -291,7 +300,7 @@ class Examples:
         growth = min(1.0, (i + 1) / self.growing) if self.growing else 1.0
         example = TASKS[task](row['text'], rng, self.config, growth)
         for _ in range(100):
-            if task != 'read' or example['messages'][-1]['content'] not in self.seen:
+            if 'messages' not in example or example['messages'][-1]['content'] not in self.seen:
                 break
             example = TASKS[task](row['text'], rng, self.config, growth)
         return example

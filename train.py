@@ -130,7 +130,8 @@ def start_processes(config):
     place.dtype = config.dtype or best
     if place.dtype not in ('bfloat16', 'float16', 'float32'):
         raise ValueError(f'dtype must be bfloat16, float16 or float32, got {place.dtype!r}')
-    torch.set_float32_matmul_precision('high')  # tf32 on CUDA
+    if place.device_type == 'cuda':
+        torch.set_float32_matmul_precision('high')  # tf32
     return place
 
 
@@ -147,6 +148,8 @@ def build_model(config, tokenizer):
     if tokenizer.n_vocab > model.config.vocab_size or model.config.vision_encoder and \
             model.config.image_token != tokenizer.encode_single_token(IMAGE):
         raise ValueError(f'{path} was not trained with the tokenizer {tokenizer.name}: take the one it was trained with')
+    if config.vision_encoder and not model.config.vision_encoder:
+        raise ValueError(f'{path} is a model without eyes, and this run asks for vision_encoder={config.vision_encoder!r}')
     if config.block_size < model.config.block_size:
         model.crop_block_size(config.block_size)
     if not resume:
@@ -372,23 +375,15 @@ def quiet_worker(_):
 
 def open_loader(config, tokenizer, model_config, place, iter_num):
     """This rank's micro-batches from step iter_num on: of each step's, every world-th."""
-    examples = Examples(open_rows(config.dataset, 'train'), config, config.seed,
-                        growing=config.grow_iters * config.gradient_accumulation_steps * config.batch_size)
-    batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on)
     accumulation = config.gradient_accumulation_steps
+    examples = Examples(open_rows(config.dataset, 'train'), config, config.seed,
+                        growing=config.grow_iters * accumulation * config.batch_size)
+    batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on)
     order = (step * accumulation + micro for step in range(iter_num, config.max_iters)
              for micro in range(place.rank, accumulation, place.world))
     return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, num_workers=config.num_workers,
                                             worker_init_fn=quiet_worker, pin_memory=place.device_type == 'cuda',
                                             prefetch_factor=4 if config.num_workers else None))
-
-
-def next_batch(loader):
-    """The loader's next micro-batch; raises ValueError for what went wrong in its worker."""
-    batch = next(loader)
-    if 'error' in batch:
-        raise ValueError(batch['error'])
-    return batch
 
 
 def train_step(model, optimizers, scaler, batches, autocast, config, place, stop):
@@ -398,8 +393,9 @@ def train_step(model, optimizers, scaler, batches, autocast, config, place, stop
     Returns (loss in nats per target, number of tokens, whether any rank wants to stop).
     """
     targets = sum(int((b['targets'] >= 0).sum()) for b in batches)
-    totals = torch.tensor([targets, sum(int(b['lengths'].sum()) for b in batches), stop], device=place.device)
+    totals = torch.tensor([targets, sum(int(b['lengths'].sum()) for b in batches), stop])
     if place.ddp:
+        totals = totals.to(place.device)
         dist.all_reduce(totals)
     targets, tokens, stop = totals.tolist()
     if not targets:
@@ -426,104 +422,132 @@ def train_step(model, optimizers, scaler, batches, autocast, config, place, stop
     return summed / targets, tokens, bool(stop)
 
 
-def main():
-    config = SimpleNamespace(**configure(globals()))
-    place = start_processes(config)
-    torch.manual_seed(config.seed)
-    encoding = get_tokenizer(config.tokenizer)
-    raw_model, checkpoint = build_model(config, encoding)
-    raw_model.to(place.device)
-    optimizers = raw_model.configure_optimizers(config.weight_decay, config.learning_rate, (config.beta1, config.beta2),
-                                                place.device_type, config.vision_lr, config.connector_lr,
-                                                config.optimizer, config.muon_lr)
-    scaler = torch.amp.GradScaler(place.device_type, enabled=place.dtype == 'float16')
-    iter_num, best_val_loss = 0, math.inf
-    if checkpoint:
-        iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
-        for optimizer, state in zip(optimizers, checkpoint['optimizer']):
+class Run:
+    """All that a run holds, and what is done with it: evaluate, save, step, again and again."""
+
+    def __init__(self, config):
+        self.config = config
+        self.place = place = start_processes(config)
+        torch.manual_seed(config.seed)
+        tokenizer = get_tokenizer(config.tokenizer)
+        self.raw_model, checkpoint = build_model(config, tokenizer)
+        self.raw_model.to(place.device)
+        self.optimizers = self.raw_model.configure_optimizers(
+            config.weight_decay, config.learning_rate, (config.beta1, config.beta2), place.device_type, config.vision_lr,
+            config.connector_lr, config.optimizer, config.muon_lr)
+        self.scaler = torch.amp.GradScaler(place.device_type, enabled=place.dtype == 'float16')
+        self.autocast = torch.autocast(place.device_type, getattr(torch, place.dtype), enabled=place.dtype != 'float32')
+        self.iter_num, self.best_val_loss = 0, math.inf
+        if checkpoint:
+            self.resume(checkpoint)
+        self.first_iter = self.iter_num
+        self.evaluation = Evaluation(config, tokenizer, self.raw_model.config, place)
+        self.loader = open_loader(config, tokenizer, self.raw_model.config, place, self.iter_num)
+        self.log = Log(config, place, self.iter_num)
+        self.model = torch.compile(self.raw_model) if config.compile else self.raw_model
+        if place.ddp:
+            devices = [place.device] if place.device_type == 'cuda' else None
+            self.model = DDP(self.model, device_ids=devices, broadcast_buffers=False)
+        self.signals = []  # Ctrl-C and SIGTERM wait here until the step is done
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self.signals.append(number))
+        self.started = time.time()
+        self.seconds, self.tokens = 0.0, 0  # since the last line of the log
+
+    def resume(self, checkpoint):
+        """Optimizers and counters as they were; everything else is a function of (seed, iter_num)."""
+        self.iter_num, self.best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
+        self.scaler.load_state_dict(checkpoint['scaler'])
+        for optimizer, state in zip(self.optimizers, checkpoint['optimizer']):
             rates = [group['initial_lr'] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
             for group, lr in zip(optimizer.param_groups, rates):
                 group['initial_lr'] = lr  # a rate given on the command line counts, as everywhere
-        scaler.load_state_dict(checkpoint['scaler'])
-    del checkpoint
-    evaluation = Evaluation(config, encoding, raw_model.config, place)
-    loader = open_loader(config, encoding, raw_model.config, place, iter_num)
-    log = Log(config, place, iter_num)
-    model = torch.compile(raw_model) if config.compile else raw_model
-    if place.ddp:
-        model = DDP(model, device_ids=[place.device] if place.device_type == 'cuda' else None, broadcast_buffers=False)
-    autocast = torch.autocast(place.device_type, dtype=getattr(torch, place.dtype), enabled=place.dtype != 'float32')
 
-    def save(name):
-        if place.rank == 0:
-            save_checkpoint(os.path.join(config.out_dir, name), {
-                'model': raw_model.state_dict(), 'optimizer': [o.state_dict() for o in optimizers],
-                'model_args': vars(raw_model.config), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
-                'config': vars(config), 'scaler': scaler.state_dict()}, config.keep_checkpoints if name == 'ckpt.pt' else 0)
+    def save(self, name):
+        if self.place.rank == 0:
+            save_checkpoint(os.path.join(self.config.out_dir, name), {
+                'model': self.raw_model.state_dict(), 'optimizer': [o.state_dict() for o in self.optimizers],
+                'model_args': vars(self.raw_model.config), 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
+                'config': vars(self.config), 'scaler': self.scaler.state_dict()},
+                keep=self.config.keep_checkpoints if name == 'ckpt.pt' else 0)
 
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
-    if place.rank == 0:
-        parts = ', '.join(f'{part} {sum(p.numel() for p in named.values()) / 1e6:.2f}M'
-                          for part, named in raw_model.parts().items() if named)
-        print(f'parameters: {parts}; on {place.world} x {place.device_type}, {place.dtype}', file=sys.stderr)
-    bar = tqdm(total=config.max_iters, initial=iter_num, unit='step', disable=place.rank > 0)
-    started, first, stop = time.time(), iter_num, False
-    step_seconds, step_tokens = 0.0, 0
+    def evaluate(self):
+        """Saves, evaluates, logs; in this order, so that what an evaluation can break does not cost the steps behind it."""
+        trained = self.iter_num > self.first_iter
+        if trained and (self.config.always_save_checkpoint or self.iter_num >= self.config.max_iters):
+            self.save('ckpt.pt')
+        result, sheet = self.evaluation.run(self.raw_model, self.autocast)
+        self.log.write({'iter': self.iter_num, 'eval': result, 'elapsed_s': round(time.time() - self.started, 1)})
+        if sheet:
+            sheet.save(os.path.join(self.config.out_dir, 'samples.png'))
+        if self.place.rank == 0:
+            tqdm.write(f'step {self.iter_num}: ' + ', '.join(f'{k} {v:.4g}' for k, v in result.items()), file=sys.stderr)
+        if result['val_loss'] < self.best_val_loss and self.iter_num > 0 and not self.config.eval_only:
+            self.best_val_loss = result['val_loss']
+            self.save('ckpt_best.pt')
 
-    while True:
-        finished = iter_num >= config.max_iters
-        if stop:  # Ctrl-C or SIGTERM, on whichever rank: all are here after the same step
-            save('ckpt.pt')
-            break
-        if iter_num % config.eval_interval == 0 or finished or config.eval_only:
-            # save first: what an evaluation can break must not cost the steps behind it
-            if iter_num > first and (config.always_save_checkpoint or finished):
-                save('ckpt.pt')
-            result, sheet = evaluation.run(raw_model, autocast)
-            log.write({'iter': iter_num, 'eval': result, 'elapsed_s': round(time.time() - started, 1)})
-            if sheet:
-                sheet.save(os.path.join(config.out_dir, 'samples.png'))
-            tqdm.write(f'step {iter_num}: ' + ', '.join(f'{k} {v:.4g}' for k, v in result.items()),
-                       file=sys.stderr) if place.rank == 0 else None
-            if result['val_loss'] < best_val_loss and iter_num > 0 and not config.eval_only:
-                best_val_loss = result['val_loss']
-                save('ckpt_best.pt')
-        if finished or config.eval_only:
-            break
-
-        t0 = time.time()
-        scale = get_lr_scale(iter_num, config)
-        for group in (g for o in optimizers for g in o.param_groups):
+    def step(self):
+        """One step at the schedule's learning rates. Returns (what the log says of it, whether to stop)."""
+        config, place, start = self.config, self.place, time.time()
+        scale = get_lr_scale(self.iter_num, config)
+        for group in (g for o in self.optimizers for g in o.param_groups):
             group['lr'] = group['initial_lr'] * scale
-        torch.manual_seed(config.seed + 1_000_003 * iter_num + place.rank)  # dropout, the same after a resume
-        batches = [next_batch(loader) for _ in range(config.gradient_accumulation_steps // place.world)]
-        loss, tokens, stop = train_step(model, optimizers, scaler, batches, autocast, config, place, len(signals))
-        iter_num += 1
-        step_seconds, step_tokens = step_seconds + time.time() - t0, step_tokens + tokens
-        bar.update()
-        if iter_num % config.log_interval == 0 or iter_num == config.max_iters:
-            loss = loss.item()
-            if not math.isfinite(loss):
-                raise ValueError(f'the loss is {loss} after {iter_num} steps: lower the learning rates or check the data; '
-                                 'the last checkpoint is untouched')
-            row = {'iter': iter_num, 'loss': loss, 'lr': config.learning_rate * scale,
-                   'tokens_per_s': round(step_tokens / step_seconds), 'elapsed_s': round(time.time() - started, 1)}
-            if place.device_type == 'cuda':
-                row['mfu'] = raw_model.estimate_mfu(step_tokens / place.world / raw_model.config.block_size, step_seconds)
-            log.write(row)
-            bar.set_postfix(loss=f'{loss:.3f}', tokens_per_s=row['tokens_per_s'])
-            step_seconds, step_tokens = 0.0, 0
+        torch.manual_seed(config.seed + 1_000_003 * self.iter_num + place.rank)  # dropout, the same after a resume
+        batches = [next(self.loader) for _ in range(config.gradient_accumulation_steps // place.world)]
+        for batch in batches:
+            if 'error' in batch:
+                raise ValueError(batch['error'])
+        loss, tokens, stop = train_step(self.model, self.optimizers, self.scaler, batches, self.autocast, config, place,
+                                        len(self.signals))
+        self.iter_num += 1
+        self.seconds, self.tokens = self.seconds + time.time() - start, self.tokens + tokens
+        if self.iter_num % config.log_interval and self.iter_num < config.max_iters:
+            return None, stop
+        row = {'iter': self.iter_num, 'loss': loss.item(), 'lr': config.learning_rate * scale,
+               'tokens_per_s': round(self.tokens / self.seconds), 'elapsed_s': round(time.time() - self.started, 1)}
+        if not math.isfinite(row['loss']):
+            raise ValueError(f'the loss is {row["loss"]} after {self.iter_num} steps: lower the learning rates or check the '
+                             'data; the last checkpoint is untouched')
+        if place.device_type == 'cuda':
+            sequences = self.tokens / place.world / self.raw_model.config.block_size
+            row['mfu'] = self.raw_model.estimate_mfu(sequences, self.seconds)
+        self.seconds, self.tokens = 0.0, 0
+        return row, stop
 
-    bar.close()
-    if place.ddp:
-        dist.destroy_process_group()
-    if stop:
-        if place.rank == 0:
-            print(f'saved after step {iter_num}; go on with --init_from=resume', file=sys.stderr)
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    def loop(self):
+        config, stop = self.config, False
+        with tqdm(total=config.max_iters, initial=self.iter_num, unit='step', disable=self.place.rank > 0) as bar:
+            while True:
+                finished = self.iter_num >= config.max_iters
+                if stop:  # a signal reached some rank: all of them are here, after the same step
+                    self.save('ckpt.pt')
+                    break
+                if self.iter_num % config.eval_interval == 0 or finished or config.eval_only:
+                    self.evaluate()
+                if finished or config.eval_only:
+                    break
+                row, stop = self.step()
+                bar.update()
+                if row:
+                    self.log.write(row)
+                    bar.set_postfix(loss=f'{row["loss"]:.3f}', tokens_per_s=row['tokens_per_s'])
+        if self.place.ddp:
+            dist.destroy_process_group()
+        if stop:
+            if self.place.rank == 0:
+                print(f'saved after step {self.iter_num}; go on with --init_from=resume', file=sys.stderr)
+            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
+
+
+def main():
+    training = Run(SimpleNamespace(**configure(globals())))
+    if training.place.rank == 0:
+        parts = ', '.join(f'{part} {sum(p.numel() for p in named.values()) / 1e6:.2f}M'
+                          for part, named in training.raw_model.parts().items() if named)
+        print(f'parameters: {parts}; on {training.place.world} x {training.place.device_type}, {training.place.dtype}',
+              file=sys.stderr)
+    training.loop()
 
 
 if __name__ == '__main__':

@@ -40,7 +40,7 @@ def scaled_size(width, height, config):
     """
     The size in pixels, (width, height), at which the encoder looks at a picture: its own if that makes at most
     max_image_tokens tokens, else the largest of the same aspect that does. With line_height, pictures are lines of
-    text and are first brought to that height, as readers of text lines do. Raises ValueError for a picture so
+    text and are first brought to that height, as readers of text lines always did. Raises ValueError for a picture so
     elongated that it would have to shrink to less than a quarter of a patch.
     """
     k = cell_size(config)
@@ -55,15 +55,40 @@ def scaled_size(width, height, config):
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
+def crop_line(image):
+    """
+    A line of text without its margins, from the top of its letters to a third of their height below the baseline:
+    letters of one font size then have one size whatever the margins and the letters are. Ink is what stands out from the
+    paper, the commonest grey, by more than a quarter of the strongest contrast; the baseline is where it falls off most.
+    """
+    grey = np.asarray(image.convert('L'), dtype=np.int16)                                # (H, W)
+    paper = np.median(grey)
+    contrast = np.abs(grey - paper)
+    ink = contrast > max(16, contrast.max() / 4)
+    rows, ys, xs = ink.sum(1), np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    if not len(xs):
+        return image
+    top, middle = ys[0], (ys[0] + ys[-1]) // 2
+    fall = rows - np.append(rows[1:], 0)
+    baseline = middle + int(fall[middle:].argmax()) + 1
+    bottom = baseline + math.ceil(0.35 * (baseline - top))
+    y, x = np.unravel_index(contrast.argmin(), grey.shape)  # a pixel of paper
+    page = Image.new('RGB', (int(xs[-1] + 1 - xs[0]), int(bottom - top)), image.getpixel((int(x), int(y))))
+    page.paste(image, (-int(xs[0]), -int(top)))
+    return page
+
+
 def preprocess(image, config):
     """
-    Cuts an RGB PIL image into patches. Returns
+    Cuts an RGB PIL image into patches; of a line of text (line_height), first its blank border. Returns
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
     L is a multiple of k*k: the patches come cell by cell, the k x k of one image token behind one another, so that
     the pool connector is a reshape. `num_tokens(grid, config)` says how many image tokens that makes.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
+    if config.line_height:
+        image = crop_line(image)  # a screenshot's margins must not make its letters smaller
     size = scaled_size(*image.size, config)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
@@ -170,7 +195,7 @@ class ViT(nn.Module):
         return self.ln_f(x)                                                              # (N, L, C)
 
 
-def sinusoids(length, width, scale=0.02, period=200):
+def sinusoids(length, width, scale=0.3, period=200):
     """(length, width) table of sines and cosines of falling frequency, of the usual RMS of an embedding, `scale`."""
     angle = torch.arange(length)[:, None] * torch.exp(-math.log(period) * torch.arange(width // 2) / (width // 2))
     return math.sqrt(2) * scale * F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width % 2))
@@ -206,12 +231,6 @@ class Connector(nn.Module):
         # a cell at the border of a picture holds fewer patches: its mean is over those
         x = (x * valid).sum(2) / valid.sum(2).clamp(min=1)                               # (N, L', C)
         return self.net(x), valid.any(2).squeeze(-1)
-
-    @torch.no_grad()
-    def match_rms(self, x, grid, rms):
-        """Scales the last layer so that its output for these features has the given RMS: that of the token embeddings."""
-        y, valid = self(x, grid)
-        self.net[-1].weight.mul_(rms / y[valid].pow(2).mean().sqrt())
 
 
 class Vision(nn.Module):

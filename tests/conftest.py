@@ -1,10 +1,15 @@
-"""What the tests share: a tiny GPT with eyes, and a way to run a script as a user does."""
+"""What the tests share: a tiny GPT with eyes, and two ways to run a script as a user does."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,24 +48,48 @@ def make_model(**changes):
     torch.manual_seed(0)
     model = GPT(tiny_config(**changes)).eval()
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.mul_(4)
+        for name, p in model.named_parameters():
+            if p.dim() == 2:  # the tied head would make it repeat its input if the embeddings grew as well
+                p.mul_(10 if '.h.' in name or '.wpe.' in name else 1)
     return model
 
 
-def launch(*words, cwd=None, processes=1, script=None, **kwargs):
-    """Runs `python WORDS` (or torchrun with several processes) as a user would; returns the finished process."""
+def inside(script, *words):
+    """
+    Runs `python SCRIPT WORDS` in this process, with globals of its own, as __main__: what a user gets, without the
+    seconds that importing torch takes. Returns returncode, stdout and stderr.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before = sys.argv, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_rng_state()
+    sys.argv = [script, *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name='__main__')
+    except SystemExit as leaving:  # as the interpreter does: a message goes to stderr, with status 1
+        if isinstance(leaving.code, str):
+            err.write(leaving.code + '\n')
+        code = 1 if isinstance(leaving.code, str) else leaving.code or 0
+    finally:
+        sys.argv = before[0]
+        signal.signal(signal.SIGINT, before[1])
+        signal.signal(signal.SIGTERM, before[2])
+        torch.set_rng_state(before[3])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def launch(script, *words, cwd=None, processes=1, **kwargs):
+    """Runs `python SCRIPT WORDS`, or torchrun with several processes, as processes of their own."""
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''}
-    first = [sys.executable] if processes == 1 else [
+    python = [sys.executable] if processes == 1 else [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    words = [str(script or ROOT / words[0]), *map(str, words[1:])]
-    return subprocess.run([*first, *words], cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run([*python, str(ROOT / script), *map(str, words)], cwd=cwd or ROOT, env=env, capture_output=True,
+                          text=True, timeout=300, **kwargs)
 
 
-def train(out_dir, *knobs, processes=1, **kwargs):
-    """A tiny run of train.py."""
-    return launch('train.py', *TINY, f'--out_dir={out_dir}', *knobs, processes=processes, **kwargs)
+def train(out_dir, *knobs, processes=0, **kwargs):
+    """A tiny run of train.py: inside this process, or as one or more processes of their own."""
+    words = ['train.py', *TINY, f'--out_dir={out_dir}', *knobs]
+    return launch(*words, processes=processes, **kwargs) if processes else inside(*words)
 
 
 def read_log(out_dir):

@@ -1,7 +1,7 @@
 """What must stay true of knobs: a value has its knob's type, and a typo is never silent."""
 
 import pytest
-from conftest import launch, refused
+from conftest import inside, launch, refused
 
 from configurator import configure
 
@@ -54,7 +54,7 @@ def test_a_typo_in_a_config_file_is_an_error(tmp_path, text, message):
 
 
 def test_help_lists_every_knob_with_comment_and_value():
-    process = launch('train.py', '--help')
+    process = inside('train.py', '--help')
     assert process.returncode == 0
     import train
     for name in (k for k, v in vars(train).items() if k.islower() and type(v) in (bool, int, float, str) and k[0] != '_'):
@@ -64,4 +64,4 @@ def test_help_lists_every_knob_with_comment_and_value():
 
 def test_mistakes_end_a_script_in_one_sentence():
     refused(launch('train.py', '--learnin_rate=1'), 'learning_rate')
-    refused(launch('sample.py', '--temprature=1'), 'temperature')
+    refused(inside('sample.py', '--temprature=1'), 'temperature')

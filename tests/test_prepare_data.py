@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import launch, refused, tiny_config
+from conftest import inside, refused, tiny_config
 from PIL import Image
 
 import prepare_data
+import render
 import vision
 from prepare_data import (ASSISTANT, END, IMAGE, USER, Batches, Examples, collate, decode, drawable_ids, encode, get_tokenizer,
                           held_out_examples, load_image, open_rows, parse_tasks, tokenize)
@@ -146,8 +147,9 @@ def test_a_prompt_ends_where_the_answer_begins():
     assert spell(batch['idx']) == '<|user|>Hi<|assistant|>Yo<|endoftext|><|user|>And?<|assistant|>'
 
 
-@pytest.mark.parametrize('content,images,message', [('no place', 1, '1 images, but only 0'), ('<image>', 2, '2 images, but only 1'),
-                                                   ('<image> <image>', 1, 'more <image> places')])
+@pytest.mark.parametrize('content,images,message', [
+    ('no place', 1, '1 images, but only 0'), ('<image>', 2, '2 images, but only 1'),
+    ('<image> <image>', 1, 'more <image> places')])
 def test_images_and_places_must_agree(content, images, message):
     with pytest.raises(ValueError, match=message):
         tokenize(conversation(content, 'x', images=[red()] * images), BYTES, CONFIG)
@@ -240,6 +242,11 @@ def test_what_is_drawn_is_what_is_to_be_read():
     assert '\n    ' in example['messages'][1]['content'] and example['images'][0].size == (200, 100)
 
 
+def test_text_that_the_font_cannot_draw_stays_text():
+    for task in prepare_data.TASKS.values():
+        assert 'images' not in task('日本語 ' * 40, random.Random(0), KNOBS)
+
+
 def test_continue_puts_the_picture_where_the_infix_was():
     text = ' '.join(f'word{i}' for i in range(100))
     for seed in range(20):
@@ -259,7 +266,8 @@ def test_text_files_of_every_kind_and_a_folder_of_them(tmp_path):
     lines = '\n'.join(json.dumps({'text': d, 'id': i, 'score': None}) for i, d in enumerate(documents)) + '\n{"text": " "}\n'
     write(tmp_path / 'a.jsonl', lines)
     datasets = pytest.importorskip('datasets')
-    datasets.Dataset.from_list([{'text': d, 'language_score': 0.9} for d in [*documents, '']]).to_parquet(tmp_path / 'b.parquet')
+    rows = [{'text': d, 'language_score': 0.9} for d in [*documents, '']]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / 'b.parquet')
     write(tmp_path / 'c.txt', '\n\n'.join(d * 30 for d in documents))
     write(tmp_path / 'ignored.csv', 'x')
     for name, n in (('a.jsonl', 60), ('b.parquet', 60), ('c.txt', 60), ('', 180)):
@@ -304,15 +312,16 @@ def test_what_goes_wrong_in_a_worker_comes_back_as_a_sentence():
     assert Batches(Examples(rows, KNOBS, 0), BYTES, CONFIG, 1, 'all')[0] == {'error': 'no image at gone.png'}
 
 
-def test_the_text_command_writes_a_dataset(tmp_path):
+def test_the_text_command_writes_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write(tmp_path / 'in.jsonl', '\n'.join(json.dumps({'text': f'doc {i}'}) for i in range(30)))
-    process = launch('prepare_data.py', 'text', f'--source={tmp_path}/in.jsonl', '--max_examples=20', '--name=mine',
-                     '--val_every=10', cwd=tmp_path)
+    process = inside('prepare_data.py', 'text', f'--source={tmp_path}/in.jsonl', '--max_examples=20', '--name=mine',
+                     '--val_every=10')
     assert process.returncode == 0, process.stderr
     train, val = (open_rows(str(tmp_path / 'data' / 'mine'), split) for split in ('train', 'val'))
     assert len(train) == 18 and [val[i]['text'] for i in range(2)] == ['doc 9', 'doc 19']
-    refused(launch('prepare_data.py', 'text', cwd=tmp_path), '--source')
-    refused(launch('prepare_data.py', 'txt', cwd=tmp_path), 'expected a command')
+    refused(inside('prepare_data.py', 'text'), '--source')
+    refused(inside('prepare_data.py', 'txt'), 'expected a command')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,8 +376,14 @@ def test_files_that_are_no_image_are_named(tmp_path):
         load_image(tmp_path)
 
 
-def test_a_drawn_line_becomes_one_row_of_patches():
-    config = tiny_config(patch_height=16, line_height=16, max_image_tokens=32)
-    example = prepare_data.read('word ' * 20, random.Random(0), KNOBS)
-    _, grid = vision.preprocess(example['images'][0], config)
-    assert grid[:, 0].max() == 0 and grid[:, 1].max() + 1 == -(-example['images'][0].width // 8)
+def test_a_line_of_text_becomes_one_row_of_patches_whatever_its_size_and_margins():
+    config = tiny_config(patch_height=16, line_height=16, max_image_tokens=64)
+    line = render.draw('some (line)', 600, 30, trim=True)
+    patches, grid = vision.preprocess(line, config)
+    assert grid[:, 0].max() == 0 and len(grid) > 5
+    framed = Image.new('RGB', (line.width + 90, line.height + 40), 'white')
+    framed.paste(line, (70, 10))
+    assert torch.equal(vision.preprocess(framed, config)[0], patches)
+    _, larger = vision.preprocess(line.resize((line.width * 2, line.height * 2)), config)
+    assert abs(len(larger) - len(grid)) <= 1
+    assert len(vision.preprocess(Image.new('RGB', (64, 16), 'white'), config)[1]) == 8  # nothing to frame

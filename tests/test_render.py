@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import launch, refused
+from conftest import inside, refused
 from PIL import Image
 
 import render
@@ -172,9 +172,9 @@ def test_contact_sheet_is_green_for_right_and_red_for_wrong():
 
 
 def test_command_line_shows_what_the_model_will_see(tmp_path):
-    process = launch('render.py', 'some text', '--out', tmp_path / 'x.png')
+    process = inside('render.py', 'some text', '--out', tmp_path / 'x.png')
     assert process.returncode == 0, process.stderr
     image = Image.open(tmp_path / 'x.png')
     assert (np.asarray(image) == np.asarray(draw('some text', 256, 16, trim=True))).all()
-    refused(launch('render.py', ' '), 'nothing to draw')
-    refused(launch('render.py', 'word ' * 500), 'does not fit')
+    refused(inside('render.py', ' '), 'nothing to draw')
+    refused(inside('render.py', 'word ' * 500), 'does not fit')

@@ -5,15 +5,15 @@ import json
 
 import pytest
 import torch
-from conftest import launch, refused
+from conftest import inside, launch, refused, train
 from PIL import Image
 
 import sample
 from sample import edit_distance, score
 
 
-def ask(run_dir, *words, **kwargs):
-    return launch('sample.py', f'--out_dir={run_dir}', '--device=cpu', '--max_new_tokens=6', *words, **kwargs)
+def ask(run_dir, *words, run=inside, **kwargs):
+    return run('sample.py', f'--out_dir={run_dir}', '--device=cpu', '--max_new_tokens=6', *words, **kwargs)
 
 
 @pytest.fixture(scope='module')
@@ -31,7 +31,7 @@ def test_edit_distance_and_scores():
 
 
 def test_the_answer_alone_goes_to_stdout_and_is_the_same_each_time(run_dir, line):
-    answers = [ask(run_dir, '--image', line) for _ in range(2)]
+    answers = [ask(run_dir, '--image', line, run=launch) for _ in range(2)]
     assert answers[0].returncode == 0, answers[0].stderr
     assert answers[0].stdout == answers[1].stdout and answers[0].stdout.count('\n') >= 1
     assert 'parameters' in answers[0].stderr and 'parameters' not in answers[0].stdout
@@ -46,7 +46,7 @@ def test_several_samples_several_images_and_a_seed(run_dir, line):
 
 
 def test_a_conversation(run_dir, line):
-    process = ask(run_dir, '--image', line, '--interactive', input='What is it?\nSure?\n\n')
+    process = ask(run_dir, '--image', line, '--interactive', run=launch, input='What is it?\nSure?\n\n')
     assert process.returncode == 0, process.stderr
     assert process.stderr.count('> ') == 3
 
@@ -85,7 +85,7 @@ def test_with_images_puts_places_in_front_unless_the_text_has_them():
 
 
 def test_what_cannot_be_asked_is_refused_in_a_sentence(run_dir, line, tmp_path):
-    refused(launch('sample.py', f'--out_dir={tmp_path}'), 'no checkpoint at', 'train one first')
+    refused(inside('sample.py', f'--out_dir={tmp_path}'), 'no checkpoint at', 'train one first')
     refused(ask(run_dir, '--image', 'gone.png'), 'no image at gone.png')
     (tmp_path / 'zero.png').write_bytes(b'')
     refused(ask(run_dir, '--image', tmp_path / 'zero.png'), 'zero.png is not an image')
@@ -106,13 +106,12 @@ def test_a_checkpoint_that_is_a_malicious_pickle_is_not_run(tmp_path):
             return open, (str(tmp_path / 'sprung'), 'w')
 
     torch.save({'model': {}, 'model_args': Malicious()}, tmp_path / 'ckpt.pt')
-    refused(launch('sample.py', f'--out_dir={tmp_path}'), 'is refused', 'run code when opened')
-    refused(launch('train.py', f'--out_dir={tmp_path}', '--init_from=resume'), 'is refused')
+    refused(inside('sample.py', f'--out_dir={tmp_path}'), 'is refused', 'run code when opened')
+    refused(inside('train.py', f'--out_dir={tmp_path}', '--init_from=resume'), 'is refused')
     assert not (tmp_path / 'sprung').exists()
 
 
 def test_a_blind_model_says_so(tmp_path, line):
-    from conftest import train
     assert train(tmp_path, '--vision_encoder=', '--tasks=text', '--eval_samples=0').returncode == 0
     refused(ask(tmp_path, '--image', line), 'is blind')
     process = ask(tmp_path, '--prompt=The ')

@@ -1,0 +1,41 @@
+"""
+trial
+"""
+out_dir = 'out/render_continue_cpu'
+dataset = 'pydoc'
+tokenizer = 'bytes'
+tasks = 'read:0.4 continue:0.3 text:0.3'
+min_span = 48
+max_span = 88
+infix_min = 0.3
+infix_max = 0.45
+image_width = 256
+image_height = 16
+min_chars = 12
+max_chars = 32
+grow_iters = 300
+vision_encoder = 'vit'
+connector = 'linear'
+patch_width = 8
+patch_height = 16
+line_height = 16
+max_image_tokens = 32
+vision_n_layer = 2
+vision_n_head = 4
+vision_n_embd = 128
+block_size = 96
+n_layer = 4
+n_head = 4
+n_embd = 128
+batch_size = 64
+optimizer = 'muon'
+learning_rate = 2e-3
+vision_lr = 2e-3
+connector_lr = 2e-3
+min_lr = 2e-5
+weight_decay = 0.01
+warmup_iters = 20
+max_iters = 1500
+eval_interval = 500
+eval_iters = 32
+eval_samples = 256

@@ -1,0 +1,27 @@
+"""
+A text-only GPT on the quickstart's text: nanoGPT's character model, with bytes for characters. Nothing is downloaded.
+
+    python train.py config/text_bytes.py
+    python sample.py --out_dir=out/text_bytes --prompt='The "with" statement' --temperature=0.8
+
+RESULT
+"""
+out_dir = 'out/text_bytes'
+dataset = 'pydoc'
+tokenizer = 'bytes'
+tasks = 'text'
+block_size = 128
+min_span = 128
+max_span = 256      # a span is cut to block_size
+n_layer = 4
+n_head = 4
+n_embd = 128
+batch_size = 32
+optimizer = 'muon'
+learning_rate = 2e-3
+min_lr = 2e-5
+weight_decay = 0.01
+warmup_iters = 20
+max_iters = 600
+eval_interval = 200
+eval_iters = 16
