@@ -55,32 +55,30 @@ def scaled_size(width, height, config):
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def crop_line(image):
+def frame_line(image):
     """
-    A line of text without its margins, from the top of its letters to a third of their height below the baseline:
-    letters of one font size then have one size whatever the margins and the letters are. Ink is what stands out from the
-    paper, the commonest grey, by more than a quarter of the strongest contrast; the baseline is where it falls off most.
+    A line of text in black on white and without its margins, from the top of its letters to a third of their height
+    below the baseline: letters of one font size come out in one size, whatever the margins, the colours and the letters.
+    The paper is the commonest grey; ink is what differs from it by more than a quarter of the strongest contrast; the
+    baseline is the row below which most ink ends. A picture without ink is returned as it is.
     """
-    grey = np.asarray(image.convert('L'), dtype=np.int16)                                # (H, W)
-    paper = np.median(grey)
-    contrast = np.abs(grey - paper)
+    grey = np.asarray(image.convert('L'), dtype=np.float32)                              # (H, W)
+    contrast = np.abs(grey - np.median(grey))
     ink = contrast > max(16, contrast.max() / 4)
     rows, ys, xs = ink.sum(1), np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     if not len(xs):
         return image
-    top, middle = ys[0], (ys[0] + ys[-1]) // 2
-    fall = rows - np.append(rows[1:], 0)
-    baseline = middle + int(fall[middle:].argmax()) + 1
-    bottom = baseline + math.ceil(0.35 * (baseline - top))
-    y, x = np.unravel_index(contrast.argmin(), grey.shape)  # a pixel of paper
-    page = Image.new('RGB', (int(xs[-1] + 1 - xs[0]), int(bottom - top)), image.getpixel((int(x), int(y))))
-    page.paste(image, (-int(xs[0]), -int(top)))
-    return page
+    left, right, top, middle = int(xs[0]), int(xs[-1]) + 1, int(ys[0]), int(ys[0] + ys[-1]) // 2
+    ends = rows - np.append(rows[1:], 0)
+    baseline = middle + int(ends[middle:].argmax()) + 1
+    line = Image.new('L', (right - left, math.ceil(1.35 * (baseline - top))), 255)
+    line.paste(Image.fromarray((255 - contrast * (255 / contrast.max())).astype(np.uint8)), (-left, -top))
+    return line.convert('RGB')
 
 
 def preprocess(image, config):
     """
-    Cuts an RGB PIL image into patches; of a line of text (line_height), first its blank border. Returns
+    Cuts an RGB PIL image into patches, a line of text (line_height) after framing it. Returns
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
     L is a multiple of k*k: the patches come cell by cell, the k x k of one image token behind one another, so that
@@ -88,7 +86,7 @@ def preprocess(image, config):
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
     if config.line_height:
-        image = crop_line(image)  # a screenshot's margins must not make its letters smaller
+        image = frame_line(image)
     size = scaled_size(*image.size, config)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import inside, refused, tiny_config
-from PIL import Image
+from PIL import Image, ImageOps
 
 import prepare_data
 import render
@@ -376,7 +376,7 @@ def test_files_that_are_no_image_are_named(tmp_path):
         load_image(tmp_path)
 
 
-def test_a_line_of_text_becomes_one_row_of_patches_whatever_its_size_and_margins():
+def test_a_line_of_text_becomes_one_row_of_patches_whatever_its_size_margins_and_colours():
     config = tiny_config(patch_height=16, line_height=16, max_image_tokens=64)
     line = render.draw('some (line)', 600, 30, trim=True)
     patches, grid = vision.preprocess(line, config)
@@ -384,6 +384,13 @@ def test_a_line_of_text_becomes_one_row_of_patches_whatever_its_size_and_margins
     framed = Image.new('RGB', (line.width + 90, line.height + 40), 'white')
     framed.paste(line, (70, 10))
     assert torch.equal(vision.preprocess(framed, config)[0], patches)
+    assert torch.equal(vision.preprocess(ImageOps.invert(line), config)[0], patches)
     _, larger = vision.preprocess(line.resize((line.width * 2, line.height * 2)), config)
     assert abs(len(larger) - len(grid)) <= 1
     assert len(vision.preprocess(Image.new('RGB', (64, 16), 'white'), config)[1]) == 8  # nothing to frame
+
+
+def test_letters_of_one_size_come_out_in_one_size_whatever_the_line_says():
+    heights = {text: vision.frame_line(render.draw(text, 600, 60, size=40)).height
+               for text in ('the quick brown fox', 'It has no tail at all', 'a gypsy jumps, (hyphen)')}
+    assert max(heights.values()) - min(heights.values()) <= 4, heights
