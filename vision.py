@@ -41,15 +41,15 @@ def scaled_size(width, height, config):
     The size in pixels, (width, height), at which the encoder looks at a picture: its own if that makes at most
     max_image_tokens tokens, else the largest of the same aspect that does. With line_height, pictures are lines of
     text and are first brought to that height, as readers of text lines always did. Raises ValueError for a picture so
-    elongated that it would have to shrink to less than a quarter of a patch.
+    elongated that the limit would shrink a side of it to less than a quarter of a patch.
     """
     k = cell_size(config)
     cell_w, cell_h = k * config.patch_width, k * config.patch_height
-    scale = config.line_height / height if config.line_height else 1.0
-    scale = min(scale, math.sqrt(config.max_image_tokens * cell_w * cell_h / (width * height)))
+    wanted = config.line_height / height if config.line_height else 1.0
+    scale = min(wanted, math.sqrt(config.max_image_tokens * cell_w * cell_h / (width * height)))
     while math.ceil(width * scale / cell_w) * math.ceil(height * scale / cell_h) > config.max_image_tokens:
         scale *= 0.98
-    if scale < 1 and (width * scale < config.patch_width / 4 or height * scale < config.patch_height / 4):
+    if scale < wanted and (width * scale < config.patch_width / 4 or height * scale < config.patch_height / 4):
         raise ValueError(f'an image of {width}x{height} pixels is too elongated for {config.max_image_tokens} image '
                          'tokens: cut it into pieces or raise max_image_tokens')
     return max(1, round(width * scale)), max(1, round(height * scale))

@@ -1,41 +1,29 @@
 """
-trial
+RESULT
 """
+init_from = 'out/quickstart/ckpt.pt'   # the model with all its sizes; here it learns to go on
 out_dir = 'out/render_continue_cpu'
 dataset = 'pydoc'
 tokenizer = 'bytes'
-tasks = 'read:0.4 continue:0.3 text:0.3'
+tasks = 'continue:0.5 text:0.3 read:0.2'
 min_span = 48
 max_span = 88
 infix_min = 0.3
 infix_max = 0.45
 image_width = 512
 image_height = 24
-min_chars = 12
-max_chars = 32
-grow_iters = 450
 vision_encoder = 'vit'
-connector = 'linear'
-patch_width = 8
-patch_height = 14
-line_height = 14
-max_image_tokens = 40
-vision_n_layer = 2
-vision_n_head = 4
-vision_n_embd = 128
-block_size = 96
-n_layer = 4
-n_head = 4
-n_embd = 128
+block_size = 128
 batch_size = 64
 optimizer = 'muon'
-learning_rate = 2e-3
-vision_lr = 2e-3
-connector_lr = 2e-3
-min_lr = 2e-5
+muon_lr = 0.01
+learning_rate = 1e-3
+vision_lr = 1e-3
+connector_lr = 1e-3
+min_lr = 1e-5
 weight_decay = 0.01
 warmup_iters = 20
-max_iters = 1400
-eval_interval = 700
+max_iters = 900
+eval_interval = 450
 eval_iters = 16
 eval_samples = 256

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, launch, read_log, refused, train
+from conftest import ROOT, TINY, inside, launch, read_log, refused, train
 from PIL import Image
 
 
@@ -105,6 +105,26 @@ def test_a_text_only_gpt_trains(tmp_path):
     assert process.returncode == 0, process.stderr
     assert set(read_log(tmp_path)[-1]['eval']) == {'val_loss'}
     assert not any(k.startswith('vision') for k in weights(tmp_path))
+
+
+@pytest.mark.parametrize('config', sorted(p.name for p in (ROOT / 'config').iterdir()))
+def test_every_recipe_runs_at_a_reduced_size(tmp_path, config):
+    small = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vision_n_layer=1', '--vision_n_head=2', '--vision_n_embd=32',
+             '--batch_size=2', '--gradient_accumulation_steps=1', '--block_size=4096', '--max_iters=2', '--eval_interval=2',
+             '--eval_iters=1', '--eval_samples=2', '--num_workers=0', '--tokenizer=bytes', '--dataset=pydoc', '--device=cpu',
+             '--compile=False', '--init_from=scratch']
+    process = inside('train.py', ROOT / 'config' / config, *small, f'--out_dir={tmp_path}')
+    assert process.returncode == 0, process.stderr
+    assert [r['iter'] for r in read_log(tmp_path) if 'eval' in r] == [0, 2]
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_half_precision_trains_too(tmp_path, dtype):
+    process = train(tmp_path, f'--dtype={dtype}')
+    assert process.returncode == 0, process.stderr
+    evals = [r['eval']['val_loss'] for r in read_log(tmp_path) if 'eval' in r]
+    assert evals[-1] < evals[0]
+    assert all(w.dtype == torch.float32 for w in weights(tmp_path).values())
 
 
 def test_frozen_parts_do_not_move(run_dir, tmp_path):

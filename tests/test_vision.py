@@ -58,7 +58,14 @@ def test_a_20000_to_1_image_is_refused():
     with pytest.raises(ValueError, match='20000x1 pixels is too elongated'):
         vision.preprocess(Image.new('RGB', (20000, 1)), tiny_config())
     with pytest.raises(ValueError, match='1x20000 pixels is too elongated'):
-        vision.preprocess(Image.new('RGB', (1, 20000)), tiny_config(line_height=16))
+        vision.preprocess(Image.new('RGB', (1, 20000)), tiny_config())
+    with pytest.raises(ValueError, match='20000x1 pixels is too elongated'):
+        vision.preprocess(Image.new('RGB', (20000, 1)), tiny_config(line_height=16))
+
+
+def test_a_narrow_line_is_no_elongated_image():
+    config = tiny_config(line_height=16, patch_height=16)
+    assert len(vision.preprocess(Image.new('RGB', (1, 40)), config)[1]) == 1
 
 
 @pytest.mark.parametrize('connector', ['linear', 'mlp', 'pool'])
