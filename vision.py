@@ -186,7 +186,7 @@ class ViT(nn.Module):
         x = self.patch_embed(1 - patches.to(self.patch_embed.weight.dtype) / 255)        # (N, L, C), white is 0
         row, col = grid.clamp(min=0).unbind(-1)
         x = x + self.row_embed(row) + self.col_embed(col)
-        # a key must be a patch, not padding; everyone sees itself, or a row of padding would divide by zero
+        # a key must be a patch, not padding; each sees itself: not every kernel forgives a query without any key
         mask = valid[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # (N, 1, L, L)
         for block in self.h:
             x = block(x, mask)
