@@ -4,9 +4,12 @@ A GPT from random weights learns to read pictures it has never seen, on any lapt
     torchrun train.py config/quickstart.py
     python sample.py --out_dir=out/quickstart --image line.png
 
-@@DOC@@
+Two cores of an Intel Xeon at 2.5 GHz, 2026-11-21: 4.5 minutes with its three evaluations, 1.6 GB of memory in all
+processes, CER 2.5 % and 81 % without any error on 512 held-out lines of 16 to 32 characters, none of which occurs in the
+training text. val_loss 0.08, with blank pictures 7.8, with those of other lines 7.8.
+
 What was tried on that machine, 2026-11-21; one change each, CER after 250 of the 500 steps where no other is named:
-    AdamW 1e-3 instead of Muon, width 192         55 % after 425 steps, where Muon had 4.5 % after 366 at width 128
+    AdamW 1e-3 instead of Muon, in a prototype    55 % after 200 s at width 192, where Muon had 4.5 % after 180 s at 128
     lines of full length from the first step      3.9 % instead of 1.8 % after 500 steps
     row and column embeddings of RMS 0.02, 0.3, 1 20 %, 15 %, 22 %
     3 layers each instead of 4 GPT and 2 ViT      15.5 % instead of 13.0 %

@@ -1,12 +1,12 @@
 """
 Text-only VLM pretraining: no image is downloaded, the middle of each text becomes its picture and the GPT continues
-behind it. The recipe (rates, ratios, fonts, 144 image tokens a page) is that of the text-only pretraining project named
-in the README, at the scale of one node of GPUs:
+behind it. Rates, ratios, fonts and the 144 image tokens a page are those of the project that published the idea, here at
+the scale of one node of GPUs:
 
     python prepare_data.py text --source=HuggingFaceFW/fineweb --subset=sample-10BT --max_examples=1000000 --name=fineweb
     torchrun --nproc_per_node=8 train.py config/render_pretrain.py --gradient_accumulation_steps=8
 
-Not run yet: it was written on a machine without a GPU and without the hub; a run of 4 steps at reduced width is a test.
+Not run yet: it was written on a machine without a GPU and without the hub; two steps at a reduced size are a test.
 The rates are meant for a GPT that knows its language and an encoder that has seen images. From scratch, as it stands here,
 take ten times as much.
 """
@@ -18,7 +18,7 @@ tasks = 'continue:0.8 text:0.2'
 infix_min = 0.1
 infix_max = 0.4
 min_span = 400
-max_span = 3600         # characters, some 900 tokens: none is cut
+max_span = 2800         # characters, some 700 tokens: hardly one is cut
 one_line = False        # a page, in the largest font that fits
 image_width = 384       # 24 x 24 patches, pooled 2 x 2: 144 tokens
 image_height = 384
