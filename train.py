@@ -447,7 +447,7 @@ class Run:
         self.model = torch.compile(self.raw_model) if config.compile else self.raw_model
         if place.ddp:
             devices = [place.device] if place.device_type == 'cuda' else None
-            self.model = DDP(self.model, device_ids=devices, broadcast_buffers=False)
+            self.model = DDP(self.model, device_ids=devices)
         self.signals = []  # Ctrl-C and SIGTERM wait here until the step is done
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.signals.append(number))
@@ -533,6 +533,8 @@ class Run:
                     self.log.write(row)
                     bar.set_postfix(loss=f'{row["loss"]:.3f}', tokens_per_s=row['tokens_per_s'])
         if self.place.ddp:
+            dist.barrier()     # leave together: who ends while another still saves takes the connection along,
+            self.model = None  # and DDP holds on to the process group's threads
             dist.destroy_process_group()
         if stop:
             if self.place.rank == 0:

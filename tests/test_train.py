@@ -56,7 +56,7 @@ def test_a_worse_value_never_replaces_the_best_checkpoint(tmp_path):
     assert train(tmp_path, '--eval_samples=0').returncode == 0
     # two more steps, far too large ones
     process = train(tmp_path, '--init_from=resume', '--max_iters=6', '--eval_interval=1', '--eval_samples=0',
-                    '--learning_rate=0.2', '--vision_lr=0.2', '--muon_lr=2', '--decay_lr=False')
+                    '--learning_rate=10', '--decay_lr=False')
     assert process.returncode == 0, process.stderr
     losses = {r['iter']: r['eval']['val_loss'] for r in read_log(tmp_path) if 'eval' in r}
     assert losses[4] < losses[5] and losses[4] < losses[6]
