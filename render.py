@@ -296,8 +296,8 @@ def contact_sheet(images, captions, right=None, columns=4, cell=400, font_size=1
 # python render.py "some text" --out x.png
 
 out = 'render.png'  # file to write
-width = 256         # box, in pixels
-height = 16
+width = 512         # box, in pixels: the quickstart's
+height = 24
 trim = True         # cut the picture to the width of the text
 font = ''           # .ttf/.otf file or a folder of them; '' is Pillow's built-in font
 augment = 0.0       # strength of the random colours, place, rotation, blur and noise, 0 to 1

@@ -175,6 +175,6 @@ def test_command_line_shows_what_the_model_will_see(tmp_path):
     process = inside('render.py', 'some text', '--out', tmp_path / 'x.png')
     assert process.returncode == 0, process.stderr
     image = Image.open(tmp_path / 'x.png')
-    assert (np.asarray(image) == np.asarray(draw('some text', 256, 16, trim=True))).all()
+    assert (np.asarray(image) == np.asarray(draw('some text', 512, 24, trim=True))).all()
     refused(inside('render.py', ' '), 'nothing to draw')
     refused(inside('render.py', 'word ' * 500), 'does not fit')
