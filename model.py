@@ -1,19 +1,24 @@
 """
 Full definition of a GPT that reads text and images, all of it in this single file but for the eyes (vision.py).
-It is nanoGPT's model with nanoGPT's names, and three additions:
+It is nanoGPT's model with nanoGPT's names, and these additions:
 
     embed       the places of a sequence whose id is <image> take image embeddings instead of token embeddings
     positions   an image takes ONE position, however many tokens it has; text counts on behind it
     generate    with a preallocated KV cache, for a batch of prompts of different lengths
+    Linear      LoRA, if asked for
+    surgery     a text model that is loaded gains eyes, tokens and positions, and says in a table what it gained
 
 References:
 1) nanoGPT: https://github.com/karpathy/nanoGPT/blob/master/model.py
 2) the official GPT-2 implementation: https://github.com/openai/gpt-2/blob/master/src/model.py
 3) LLaVA, an image as a run of embeddings in the sequence: https://arxiv.org/abs/2304.08485
 4) gpt-fast, a KV cache in plain PyTorch: https://github.com/pytorch-labs/gpt-fast
+5) LoRA: https://arxiv.org/abs/2106.09685
 """
 
+import json
 import math
+import os
 import pickle
 from dataclasses import dataclass, fields
 
@@ -21,7 +26,36 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from vision import Vision
+from vision import Vision, fingerprint
+
+
+class Linear(nn.Linear):
+    """
+    nn.Linear, and with lora_rank r > 0 a low-rank update beside it: y = W x + alpha / r * B A x, of which only A (r, in) and
+    B (out, r) are trained. B starts at zero: the model starts as what it was.
+    """
+
+    def __init__(self, n_in, n_out, config):
+        super().__init__(n_in, n_out, bias=config.bias)
+        self.lora_a = None
+        if config.lora_rank:
+            self.lora_a = nn.Parameter(torch.empty(config.lora_rank, n_in).uniform_(-n_in**-0.5, n_in**-0.5))
+            self.lora_b = nn.Parameter(torch.zeros(n_out, config.lora_rank))
+            self.lora_dropout = nn.Dropout(config.lora_dropout)
+            self.lora_scale = config.lora_alpha / config.lora_rank
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.lora_a is not None:
+            y = y + F.linear(F.linear(self.lora_dropout(x), self.lora_a), self.lora_b) * self.lora_scale
+        return y
+
+    @torch.no_grad()
+    def merge(self):
+        """Adds the update to W and forgets it: the same outputs, without its cost."""
+        if self.lora_a is not None:
+            self.weight += self.lora_scale * self.lora_b @ self.lora_a
+            self.lora_a = self.lora_b = None
 
 
 class LayerNorm(nn.Module):
@@ -41,8 +75,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         # key, query, value projections for all heads, but in a batch
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -71,9 +105,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config)
+        self.gelu = nn.GELU(approximate=config.gelu_approximate)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -103,8 +137,12 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True         # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
+    gelu_approximate: str = 'none'  # 'tanh' is what OpenAI's GPT-2 was trained with, 'none' what nanoGPT trains with
+    lora_rank: int = 0        # > 0: the GPT's weights stay, and a low-rank update of each Linear is trained
+    lora_alpha: float = 16.0  # the update is scaled by alpha / rank
+    lora_dropout: float = 0.0
     # vision: read by vision.py; the defaults make a nanoGPT, which is blind
-    vision_encoder: str = ''  # '' for none, 'vit' for the small ViT trained from scratch
+    vision_encoder: str = ''  # '' for none, 'vit' for the small ViT trained from scratch, or a Tower's name
     connector: str = 'mlp'    # linear, mlp, or pool
     pool_size: int = 2        # connector 'pool': k x k patches become one token
     patch_height: int = 16    # pixels
@@ -114,16 +152,26 @@ class GPTConfig:
     vision_n_layer: int = 6
     vision_n_head: int = 6
     vision_n_embd: int = 384
+    vision_layer: int = -2    # of a tower: whose features; -1 is the last, with the final norm
+    vision_cls: bool = False  # of a tower: keep its class token
+    image_fit: str = 'pad'    # of a tower: pad, squash or crop to its square
+    image_size: int = 0       # of a tower, as are mean and std: written here by the tower itself
+    image_mean: tuple = (0.5, 0.5, 0.5)
+    image_std: tuple = (0.5, 0.5, 0.5)
+    vision_fingerprint: str = ''  # of a frozen tower, whose weights are in no checkpoint
     image_token: int = -1     # id of <image>
 
 
 class GPT(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, load_tower=True):
+        """load_tower: read the weights of a vision Tower. They need not be if those of a checkpoint come next."""
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f'n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})')
         self.config = config
+        self.base = None   # of LoRA: {'init_from', 'fingerprint'} of the model that it adapts
+        self.changes = ''  # the table of what was loaded, grown and new
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -139,7 +187,7 @@ class GPT(nn.Module):
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
         # the eyes come last and initialise themselves, so that the same seed gives the same text model with and without
-        self.vision = Vision(config) if config.vision_encoder else None
+        self.vision = Vision(config, load_tower) if config.vision_encoder else None
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
@@ -213,7 +261,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
-                 end_token=None, allowed=None, generator=None):
+                 end_token=None, allowed=None, generator=None, return_logprobs=False):
         """
         Continues each row of idx (B, T) by up to max_new_tokens tokens; the images are encoded once.
 
@@ -225,9 +273,11 @@ class GPT(nn.Module):
         end_token    a row that has drawn this id is finished, and filled up with it
         allowed      bool (vocab_size,): ids that may be drawn. The tokenizer knows (prepare_data.drawable_ids)
         generator    torch.Generator for temperature > 0
+        return_logprobs  return (tokens, log-probabilities) instead: how sure the model was of each token it drew
 
         Returns (B, T') int64: each row its prompt, what it was continued by, then end_token (0 if None). A row is also
-        finished when its block_size positions are used up. Raises ValueError if a prompt alone needs more.
+        finished when its block_size positions are used up. The log-probabilities (B, T') are the model's own, in nats
+        and before temperature, top_k and top_p; 0 where it drew nothing. Raises ValueError if a prompt alone needs more.
         """
         was_training = self.training
         self.eval()
@@ -245,6 +295,7 @@ class GPT(nn.Module):
         cache = self.empty_cache(B, S)
         out = torch.full((B, S), fill, device=device)
         out[:, :T] = idx.masked_fill(~inside, fill)
+        logprobs = torch.zeros((B, S), device=device)
         slots = torch.arange(T, device=device).expand(B, T)
         key_slots = torch.arange(S, device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
@@ -260,6 +311,8 @@ class GPT(nn.Module):
                 logits = logits.masked_fill(~allowed, -math.inf)
             new = draw_token(logits, temperature, top_k, top_p, generator)               # (B,)
             done = done | (step >= room)
+            if return_logprobs:
+                logprobs[rows, lengths + step] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = new.masked_fill(done, fill)
             out[rows, lengths + step] = new
             if end_token is not None:
@@ -271,7 +324,8 @@ class GPT(nn.Module):
             pos = (pos + 1).clamp(max=self.config.block_size - 1)
             x = (self.transformer.wte(new) + self.position_embeddings(pos))[:, None]     # (B, 1, C)
         self.train(was_training)
-        return out[:, :lengths.max() + step + 1] if steps else out
+        length = lengths.max() + step + 1 if steps else T
+        return (out[:, :length], logprobs[:, :length]) if return_logprobs else out[:, :length]
 
     def empty_cache(self, batch_size, length):
         """A (keys, values) pair of (B, S, nh, hs) tensors for each layer."""
@@ -310,7 +364,8 @@ class GPT(nn.Module):
         """
         A list of optimizers over the three parts, each with its own learning rate: the GPT (learning_rate), the
         encoder (vision_lr) and the connector (connector_lr; None for learning_rate). A rate of 0 freezes the part:
-        no gradient, no optimizer state, eval mode. Matrices and embeddings decay, biases and norms don't.
+        no gradient, no optimizer state, eval mode. Matrices and embeddings decay, biases and norms don't. With lora_rank
+        the GPT's own weights are frozen too, and learning_rate is that of the updates beside them.
 
         optimizer 'adamw', or 'muon': the hidden matrices of the Transformer blocks, those and nothing else, go to Muon
         (https://kellerjordan.github.io/posts/muon) at muon_lr, times vision_lr / learning_rate in the encoder.
@@ -321,19 +376,20 @@ class GPT(nn.Module):
             raise ValueError(f'optimizer must be adamw or muon, got {optimizer!r}')
         rates = {'gpt': learning_rate, 'vision': vision_lr, 'connector': connector_lr}
         rates = {part: learning_rate if lr is None else lr for part, lr in rates.items()}
+        if rates['vision'] > 0:
+            self.config.vision_fingerprint = ''  # from now on a tower's weights are its own, and belong in checkpoints
         groups, muon_groups = [], []
         for part, named in self.parts().items():
-            for p in named.values():
-                p.requires_grad_(rates[part] > 0)
-            if not rates[part]:
-                continue
-            hidden = [p for n, p in named.items() if optimizer == 'muon' and '.h.' in n and p.dim() == 2]
+            for name, p in named.items():
+                p.requires_grad_(rates[part] > 0 and (part != 'gpt' or not self.config.lora_rank or '.lora_' in name))
+            named = {name: p for name, p in named.items() if p.requires_grad}
+            hidden = [p for n, p in named.items() if optimizer == 'muon' and '.h.' in n and p.dim() == 2 and 'lora_' not in n]
             rest = [p for n, p in named.items() if not any(p is q for q in hidden)]
             groups.append(dict(params=[p for p in rest if p.dim() >= 2], lr=rates[part], weight_decay=weight_decay))
             groups.append(dict(params=[p for p in rest if p.dim() < 2], lr=rates[part], weight_decay=0.0))
-            muon_groups.append(dict(params=hidden, lr=muon_lr * rates[part] / (learning_rate or rates[part])))
+            if hidden:
+                muon_groups.append(dict(params=hidden, lr=muon_lr * rates[part] / (learning_rate or rates[part])))
         groups = [g for g in groups if g['params']]
-        muon_groups = [g for g in muon_groups if g['params']]
         if not groups:
             raise ValueError('learning_rate, vision_lr and connector_lr freeze all there is: nothing is left to train')
         optimizers = [torch.optim.AdamW(groups, betas=betas, fused=device_type == 'cuda')]
@@ -365,9 +421,18 @@ class GPT(nn.Module):
         self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach(), freeze=False)
 
     @classmethod
+    def from_pretrained(cls, name, **overrides):
+        """
+        OpenAI's GPT-2: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl' from the Hugging Face hub (or its cache), or a local
+        folder with the same config.json and model.safetensors. Overrides and errors as in `from_checkpoint`.
+        """
+        return cls.from_weights(*read_gpt2(name), None, name, **overrides)
+
+    @classmethod
     def from_checkpoint(cls, path, **overrides):
         """
-        The model of a checkpoint that glimpse or nanoGPT has written. Only `dropout` makes sense as an override.
+        The model of a checkpoint that glimpse or nanoGPT has written. Overrides are fields of GPTConfig: dropout;
+        block_size and a larger vocab_size; the vision fields, which give eyes to a blind model; lora_rank.
         Raises ValueError for a file that is no such checkpoint, and lists the keys if they are not the model's.
         """
         return cls.from_state(load_checkpoint(path), path, **overrides)
@@ -375,21 +440,98 @@ class GPT(nn.Module):
     @classmethod
     def from_state(cls, checkpoint, path, **overrides):
         """As from_checkpoint, from the loaded dict; `path` is for messages."""
-        args = {**checkpoint['model_args'], **overrides}
-        unknown = sorted(set(args) - {f.name for f in fields(GPTConfig)})
-        if unknown:
-            raise ValueError(f'{path}: model_args has {", ".join(unknown)}, which this GPT does not know')
-        model = cls(GPTConfig(**args))
-        # torch.compile and DDP leave prefixes in other people's checkpoints
-        state = {k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in checkpoint['model'].items()}
-        own = model.state_dict()
-        wrong = [f'missing {k}' for k in own if k not in state] + [f'unexpected {k}' for k in state if k not in own]
-        wrong += [f'{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}' for k in own
-                  if k in state and state[k].shape != own[k].shape]
-        if wrong:
-            raise ValueError(f'{path} does not hold the weights of its model_args: ' + '; '.join(wrong))
-        model.load_state_dict(state)
+        return cls.from_weights(*checkpoint_weights(checkpoint, path), path, **overrides)
+
+    @classmethod
+    def from_weights(cls, args, state, base, source, **overrides):
+        """
+        The model with the arguments `args`, changed by the overrides, and the weights `state`, both from read_weights.
+        LoRA's updates are merged if the overrides say lora_rank=0.
+        """
+        config = GPTConfig(**{**args, **overrides})
+        has_lora, wanted = any('.lora_' in name for name in state), config.lora_rank
+        if has_lora and wanted not in (0, args['lora_rank']):
+            raise ValueError(f'{source} has LoRA updates of rank {args["lora_rank"]}: go on with that lora_rank, or with '
+                             f'lora_rank=0, which merges them, but not with {wanted}')
+        if has_lora:
+            config.lora_rank = args['lora_rank']
+        has_tower = any(name.startswith('vision.encoder.') for name in state)
+        model = cls(config, load_tower=not has_tower)
+        model.load_weights(state, source)
+        model.base = base
+        if has_lora and not wanted:
+            model.merge_lora()
+        elif wanted and not has_lora:
+            model.base = {'init_from': source, 'fingerprint': fingerprint(state)}
         return model
+
+    @torch.no_grad()
+    def load_weights(self, state, source):
+        """
+        strict=False, made safe. Every tensor of the model must be in `state` and every one of `state` in the model, in its
+        shape, but for what a text model cannot have: eyes, LoRA's updates, and further rows of wte and wpe. The old
+        rows stay as they are, so what the model says about text does not change by a bit. self.changes becomes the table
+        of what was loaded, grown and new. Raises ValueError with the list of all that is missing, unexpected or misshapen.
+        """
+        own, state = self.state_dict(), dict(state)
+        blind, plain = not any(n.startswith('vision.') for n in state), not any('.lora_' in n for n in state)
+        wrong, kinds = [f'unexpected {n}' for n in state if n not in own], {}
+        wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
+        if wte is not None and head is not None and not torch.equal(wte, head):
+            wrong.append('lm_head.weight is not tied to transformer.wte.weight')
+        for name, p in own.items():
+            group, note = '.'.join(name.split('.')[:2]), ''
+            if name not in state:
+                tower = name.startswith('vision.encoder.') and self.config.vision_fingerprint
+                if not (tower or name.startswith('vision.') and blind or '.lora_' in name and plain):
+                    wrong.append(f'missing {name}')
+                kind, note = 'new', f'{self.config.vision_encoder}, frozen, with its own weights' if tower else ''
+                group = 'LoRA' if '.lora_' in name else group
+            else:
+                old, kind = state[name], 'loaded'
+                if name in ('transformer.wte.weight', 'transformer.wpe.weight', 'lm_head.weight') and \
+                        old.shape != p.shape and old.shape[1:] == p.shape[1:]:
+                    kind, note = 'grown' if len(old) < len(p) else 'cropped', f'{len(old)} -> {len(p)} rows'
+                    old = grown(old, len(p)) if len(old) < len(p) else old[:len(p)]
+                    if kind == 'cropped' and name != 'transformer.wpe.weight':
+                        wrong.append(f'{name} has {note}: a vocabulary does not shrink')
+                if old.shape != p.shape:
+                    wrong.append(f'{name} is {tuple(old.shape)}, not {tuple(p.shape)}')
+                else:
+                    p.copy_(old)
+            count, size, _ = kinds.get((kind, group), (0, 0, ''))
+            kinds[kind, group] = count + 1, size + p.numel(), note
+        if wrong:
+            raise ValueError(f'{source} does not hold the weights that its configuration asks for: ' + '; '.join(wrong))
+        if blind and self.vision is not None:
+            self.vision.match_rms(wte.float().square().mean().sqrt())
+        self.changes = '\n'.join(f'{kind:<8} {group:<18} {count:>4} tensors {size / 1e6:>9.2f}M  {note}'.rstrip()
+                                 for (kind, group), (count, size, note) in kinds.items())
+
+    def merge_lora(self):
+        """LoRA's updates become part of the weights: the same model, as fast as without them."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.merge()
+        self.config.lora_rank, self.base = 0, None
+
+    def checkpoint_state(self):
+        """
+        The tensors that a checkpoint has to hold: not those of a frozen tower, which its name and fingerprint bring back,
+        and in a LoRA run not those of the model it adapts, whose name and fingerprint are in `base`.
+        """
+        return {name: p for name, p in self.state_dict().items()
+                if not (name.startswith('vision.encoder.') and self.config.vision_fingerprint)
+                and (not self.base or name.startswith('vision.') or '.lora_' in name)}
+
+
+def grown(old, rows):
+    """
+    The rows of a table, and new ones behind them: the mean of the old ones with a little noise, always the same. A new
+    token is then as likely as an average one, which is hardly at all (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    """
+    noise = torch.randn(rows - len(old), old.shape[1], generator=torch.Generator().manual_seed(0))
+    return torch.cat([old, old.mean(0) + 0.02 * noise])
 
 
 def draw_token(logits, temperature, top_k=None, top_p=None, generator=None):
@@ -426,3 +568,86 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
         raise ValueError(f'{path} is no glimpse or nanoGPT checkpoint: it has no "model" and "model_args"')
     return checkpoint
+
+
+def read_weights(source):
+    """
+    (model_args, state_dict, base) of a GPT-2 by name, a folder with one, or a checkpoint; `base` is None, or of a LoRA
+    checkpoint {'init_from', 'fingerprint'} of the model that it adapts, whose weights are then in the state_dict too.
+    """
+    if source in GPT2 or os.path.isdir(source):
+        return *read_gpt2(source), None
+    return checkpoint_weights(load_checkpoint(source), source)
+
+
+def checkpoint_weights(checkpoint, path):
+    """read_weights for the dict that load_checkpoint has read from `path`."""
+    args, base = checkpoint['model_args'], checkpoint.get('base')
+    unknown = sorted(set(args) - {f.name for f in fields(GPTConfig)})
+    if unknown:
+        raise ValueError(f'{path}: model_args has {", ".join(unknown)}, which this GPT does not know')
+    state = {plain_name(name): p for name, p in checkpoint['model'].items()}
+    if base:
+        _, below, _ = read_weights(base['init_from'])
+        if fingerprint(below) != base['fingerprint']:
+            raise ValueError(f'{path} adapts {base["init_from"]}, but what is there now are other weights')
+        state = {**below, **state}
+    return args, state, base
+
+
+def plain_name(name):
+    """torch.compile, DDP and Hugging Face leave prefixes in other people's files."""
+    for prefix in ('module.', '_orig_mod.', 'module.'):
+        name = name.removeprefix(prefix)
+    return name
+
+
+GPT2 = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
+        'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
+
+
+def read_gpt2(source):
+    """
+    (model_args, state_dict) of a GPT-2 in Hugging Face's layout, by name or from a folder: config.json and
+    model.safetensors, which is memory-mapped. Raises ValueError if it is not there, cut off, or something else than a GPT-2.
+    """
+    names = 'config.json', 'model.safetensors'
+    if source in GPT2:
+        from huggingface_hub import hf_hub_download
+        try:
+            config_path, path = (hf_hub_download(GPT2[source], name) for name in names)
+        except Exception as error:  # the hub's client has many of its own
+            raise ValueError(f'{source} is not in the cache of huggingface_hub and cannot be downloaded '
+                             f'({type(error).__name__}): connect once, or take a folder with its config.json and '
+                             'model.safetensors, --init_from=FOLDER') from error
+    else:
+        config_path, path = (os.path.join(source, name) for name in names)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        with open(config_path, encoding='utf-8') as f:
+            config = json.load(f)
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f'{source} holds no GPT-2: expected config.json and model.safetensors, but '
+                         f'{error.filename or path} is not there') from None
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
+    wanted = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'n_inner': None,
+              'tie_word_embeddings': True, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
+    for key, value in wanted.items():
+        # what another one computes would look right and be wrong
+        if config.get(key, value) != value and not (key == 'n_inner' and config[key] == 4 * config['n_embd']):
+            raise ValueError(f'{source} is not a GPT-2 that this GPT computes: its {key} is {config[key]!r}, not {value!r}')
+    args = dict(n_layer=config['n_layer'], n_head=config['n_head'], n_embd=config['n_embd'], bias=True,
+                vocab_size=config['vocab_size'], block_size=config['n_positions'], gelu_approximate='tanh')
+    state = {}
+    for name, p in tensors.items():
+        name = plain_name(name).removeprefix('transformer.')
+        if name.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, not weights
+            continue
+        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+            p = p.t()  # OpenAI's layers are [in, out]
+        state[name if name == 'lm_head.weight' else f'transformer.{name}'] = p
+    state.setdefault('lm_head.weight', state.get('transformer.wte.weight', torch.empty(0)))  # tied: stored once
+    return args, state

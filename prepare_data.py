@@ -15,23 +15,36 @@ The one example format is a JSON line, images as files beside it (or PIL images 
      "image_path": "images/1.jpg"}
     {"text": "A paragraph. <image> Another paragraph. <image>", "image_paths": ["images/2.jpg", "images/3.png"]}
 
-Text to learn from, from the hub or a local file or folder, the first N documents written to data/NAME/{train,val}.jsonl:
+As a script it writes datasets to data/NAME/{train,val}.jsonl, and looks into them:
 
     $ python prepare_data.py text --source=HuggingFaceFW/fineweb --subset=sample-10BT --max_examples=100000 --name=fineweb
+    $ python prepare_data.py shapes                                              # drawn here, nothing is downloaded
+    $ python prepare_data.py llava_instruct --image_dir=coco/train2017           # llava_pretrain, llava_cc3m, sharegpt4v
+    $ python prepare_data.py llava_instruct --source=MINE.json --image_dir=DIR_OR_ZIP --name=mine
+    $ python prepare_data.py features --dataset=mine --vision_encoder=ViT-L-14-quickgelu/openai
+    $ python prepare_data.py show --dataset=mine --index=3                       # an example, and what is learnt of it
 """
 
 import bisect
+import functools
 import hashlib
+import io
 import json
 import os
 import pickle
 import random
 import re
+import shutil
 import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import numpy as np
 import tiktoken
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
 import render
 import vision
@@ -58,13 +71,15 @@ def open_rows(dataset, split):
     """
     if dataset == 'pydoc':
         return pydoc_rows(split)
-    folder = dataset if os.path.isdir(dataset) else os.path.join('data', dataset)
-    path = os.path.join(folder, f'{split}.jsonl')
+    path = os.path.join(dataset_folder(dataset), f'{split}.jsonl')
     if os.path.isfile(path):
         return JsonLines(path)
     if not os.path.exists(dataset):
+        command = f'text --source=HUB_NAME_OR_FILE --name={dataset}'
+        if dataset in COMMANDS:
+            command = dataset + (' --image_dir=FOLDER_OR_ZIP' if dataset in LLAVA else '')
         raise ValueError(f'no dataset {dataset!r}: expected pydoc, a file, a folder, or {path}, which '
-                         f'"python prepare_data.py text --source=HUB_NAME_OR_FILE --name={dataset}" writes')
+                         f'"python prepare_data.py {command}" writes')
     files = [dataset] if os.path.isfile(dataset) else sorted(
         os.path.join(root, name) for root, _, names in os.walk(dataset) for name in names)
     rows = Chain([read_file(f) for f in files if f.endswith(('.txt', '.jsonl', '.parquet'))])
@@ -74,6 +89,10 @@ def open_rows(dataset, split):
         raise ValueError(f'{dataset} has {len(rows)} rows with text in .txt, .jsonl or .parquet files; to hold out one '
                          f'of {VAL_EVERY} takes at least {VAL_EVERY}')
     return Chain([rows], chosen)
+
+
+def dataset_folder(dataset):
+    return dataset if os.path.isdir(dataset) else os.path.join('data', dataset)
 
 
 class Chain:
@@ -320,11 +339,12 @@ def held_out_examples(dataset, config, tasks):
 
 def load_image(source):
     """
-    A path or PIL image -> RGB PIL image, upright: EXIF rotation is applied, transparency laid over white, 16 bits
-    scaled to 8. Raises ValueError, naming the file, for what is missing, empty, cut off, or no image.
+    A path (also one into a zip: images.zip/00453/1.jpg) or PIL image -> RGB PIL image, upright: EXIF rotation is applied,
+    transparency laid over white, 16 bits scaled to 8. Raises ValueError, naming the file, for what is missing, empty, cut
+    off, or no image.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(open_path(source))
         image = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise ValueError(f'no image at {source}') from None
@@ -336,6 +356,65 @@ def load_image(source):
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
+
+
+def open_path(path):
+    """A file, or a member of a zip that has not been unpacked, as something to read bytes from."""
+    archive, is_zip, member = path.partition('.zip/')
+    if not is_zip or os.path.isdir(f'{archive}.zip'):
+        return path
+    try:
+        return io.BytesIO(open_zip(f'{archive}.zip', os.getpid()).read(member))
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise FileNotFoundError(f'{path}: {error}') from error
+
+
+@functools.lru_cache(maxsize=4)
+def open_zip(path, pid):
+    """The open archive, its table of contents read once; `pid`, because a forked process needs a file position of its own."""
+    return zipfile.ZipFile(path)
+
+
+# -----------------------------------------------------------------------------
+# a frozen tower's features, computed once
+
+class StoredFeatures:
+    """
+    What `prepare_data.py features` has stored of a dataset's images: store[path] is (features (L', C), grid (L', 2)), read
+    from disk when asked for, and takes the place of the picture's patches. One store belongs to one tower (by its
+    fingerprint), layer, fit and pooling, so a stale one is never found.
+    """
+
+    def __init__(self, folder, root):
+        self.folder, self.root = folder, root
+        with open(os.path.join(folder, 'index.json'), encoding='utf-8') as f:
+            index = json.load(f)
+        self.shape, self.dtype = tuple(index['shape']), index['dtype']
+        self.rows = {path: i for i, path in enumerate(index['images'])}
+
+    @staticmethod
+    def folder_for(dataset, config):
+        made_by = [getattr(config, key) for key in ('vision_fingerprint', 'vision_layer', 'vision_cls', 'image_fit')]
+        key = hashlib.sha256(json.dumps([*made_by, vision.cell_size(config)]).encode()).hexdigest()[:8]
+        return os.path.join(dataset_folder(dataset), f'features-{key}')
+
+    @classmethod
+    def find(cls, dataset, config):
+        """The store that fits the model, or None."""
+        if not config.vision_encoder or not config.vision_fingerprint:  # features of an encoder that learns do not last
+            return None
+        folder = cls.folder_for(dataset, config)
+        return cls(folder, dataset_folder(dataset)) if os.path.exists(os.path.join(folder, 'index.json')) else None
+
+    def __getitem__(self, path):
+        row = self.rows.get(path.removeprefix(self.root + os.sep))
+        if row is None:
+            raise ValueError(f'{path} is not among the features in {self.folder}: run "python prepare_data.py features" again, '
+                             'or train with --stored_features=False')
+        _, length, width = self.shape
+        kind = np.float16 if self.dtype == 'float16' else np.uint16  # numpy has no bfloat16
+        data = np.memmap(os.path.join(self.folder, 'features.bin'), kind, 'r', row * length * width * 2, (length, width))
+        return torch.from_numpy(data.copy()).view(getattr(torch, self.dtype)), torch.zeros(length, 2, dtype=torch.int64)
 
 
 # -----------------------------------------------------------------------------
@@ -457,9 +536,10 @@ def segments(example, loss_on, prompt_only=False):
     return out + [(ASSISTANT, True, False)] if prompt_only else out
 
 
-def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False):
+def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False, features=None):
     """
-    An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}; config is the model's GPTConfig.
+    An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}; config is the model's GPTConfig. With
+    `features`, StoredFeatures, image files are not opened: their features come in the place of their patches.
 
     targets[t] is the token behind idx[t], or -1 where nothing is to be learnt: for the 'assistant' it is the answers
     and their end, for 'all' every text token. Image tokens never are targets, but the last of them predicts the text
@@ -469,13 +549,14 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False)
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
         raise ValueError('the example has an image, but the model has no vision_encoder')
-    images = [vision.preprocess(load_image(source), config) for source in sources]
+    images = [features[source] if features and isinstance(source, str) else vision.preprocess(load_image(source), config)
+              for source in sources]
     ids, learn, left, positions = [], [], list(images), 0
     for text, is_special, learnt in segments(example, loss_on, prompt_only):
         if text == IMAGE and is_special:
             if not left:
                 raise ValueError(f'more <image> places than images ({len(images)})')
-            new = [config.image_token] * vision.num_tokens(left.pop(0)[1], config)
+            new = [config.image_token] * vision.num_tokens(left.pop(0), config)
             positions += 1
         else:
             new = [tokenizer.encode_single_token(text)] if is_special else encode(tokenizer, text)
@@ -510,7 +591,7 @@ def collate(examples, config):
         idx[i, :len(e['idx'])] = torch.tensor(e['idx'])
         targets[i, :len(e['idx'])] = torch.tensor(e['targets'])
     images = [image for e in examples for image in e['images']]
-    places, tokens = int((idx == config.image_token).sum()), sum(vision.num_tokens(grid, config) for _, grid in images)
+    places, tokens = int((idx == config.image_token).sum()), sum(vision.num_tokens(image, config) for image in images)
     if config.vision_encoder and places != tokens:
         raise ValueError(f'the batch has {places} <image> places, but its images make {tokens} tokens')
     return {'idx': idx, 'targets': targets, 'lengths': lengths,
@@ -524,33 +605,68 @@ class Batches(torch.utils.data.Dataset):
     arrive wrapped in that worker's traceback.
     """
 
-    def __init__(self, examples, tokenizer, config, batch_size, loss_on):
+    def __init__(self, examples, tokenizer, config, batch_size, loss_on, features=None):
         self.examples, self.tokenizer, self.config = examples, tokenizer, config
-        self.batch_size, self.loss_on = batch_size, loss_on
+        self.batch_size, self.loss_on, self.features = batch_size, loss_on, features
 
     def __getitem__(self, i):
         try:
-            return collate([tokenize(self.examples[j], self.tokenizer, self.config, self.loss_on)
+            return collate([tokenize(self.examples[j], self.tokenizer, self.config, self.loss_on, features=self.features)
                             for j in range(i * self.batch_size, (i + 1) * self.batch_size)], self.config)
         except (ValueError, OSError) as error:
             return {'error': str(error)}
 
 
 # -----------------------------------------------------------------------------
+# the commands' knobs
+
+name = ''             # the dataset is written to data/NAME; '' takes the source's last part, or the command's name
+source = ''           # text: a dataset of the hub, or a .txt/.jsonl/.parquet file or folder; llava: a local .json of theirs
+subset = ''           # text: the dataset's configuration, such as sample-10BT; llava: another file of the repository
+max_examples = 0      # stop after as many examples; 0: all (of text 10000, of shapes 20000)
+val_every = 100       # one example of so many is held out
+image_dir = ''        # llava: the folder or .zip that the images' names are relative to
+dataset = ''          # features, show: the dataset
+# show
+split = 'train'
+index = 0             # of the row
+loss_on = 'assistant'
+tokenizer = 'bytes'
+block_size = 1024
+out = 'show.png'
+# the encoder of features and show, as in train.py
+vision_encoder = 'vit'
+connector = 'mlp'     # pool: features are stored pooled, in pool_size ** 2 times less space
+pool_size = 2
+patch_height = 16
+patch_width = 16
+max_image_tokens = 256
+line_height = 0
+vision_layer = -2
+vision_cls = False
+image_fit = 'pad'
+# features
+batch_size = 32
+dtype = 'float16'     # or bfloat16: a wider range, less precise
+device = ''           # '' takes CUDA or MPS if there is one
+
+
+def vision_config():
+    """The knobs as vision.py and tokenize want them of a GPTConfig; a tower writes its own into it."""
+    wanted = ('vision_encoder', 'connector', 'pool_size', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height',
+              'vision_layer', 'vision_cls', 'image_fit', 'block_size')
+    # -2 is the id of no token: these sequences are shown, no model reads them
+    return SimpleNamespace(**{key: globals()[key] for key in wanted}, image_token=-2, n_embd=1, image_size=0,
+                           vision_fingerprint='')
+
+
+# -----------------------------------------------------------------------------
 # python prepare_data.py text
-
-source = ''           # a text dataset of the Hugging Face hub, or a .txt/.jsonl/.parquet file or folder
-subset = ''           # its configuration, such as sample-10BT
-max_examples = 10000  # stop after as many documents
-name = ''             # written to data/NAME; '' takes the source's last part
-val_every = 100       # every 100th document is held out
-
 
 def text_command():
     """Streams the first max_examples documents of a text dataset to data/NAME/{train,val}.jsonl."""
     if not source:
         raise ValueError('expected --source=NAME_ON_THE_HUB or --source=FILE_OR_FOLDER')
-    from tqdm import tqdm
     if os.path.exists(source):
         files = [source] if os.path.isfile(source) else [os.path.join(r, n) for r, _, ns in sorted(os.walk(source)) for n in ns]
         rows = (row for f in sorted(files) if f.endswith(('.txt', '.jsonl', '.parquet')) for row in read_file(f))
@@ -562,28 +678,442 @@ def text_command():
             raise ValueError(f'{source} is neither a file here nor a dataset that the hub gives us '
                              f'({type(error).__name__}: {str(error).splitlines()[0]})') from error
     folder = os.path.join('data', name or os.path.splitext(os.path.basename(source.rstrip('/')))[0])
-    os.makedirs(folder, exist_ok=True)
-    paths = {split: os.path.join(folder, f'{split}.jsonl') for split in ('train', 'val')}
-    count = 0
-    files = {split: open(path + '.part', 'w', encoding='utf-8') for split, path in paths.items()}
-    bar = tqdm(total=max_examples, unit='doc')
+    count, most = 0, max_examples or 10000
+    with Parts(folder) as parts:
+        bar = tqdm(total=most, unit='doc')
+        for row in rows:
+            if count == most:
+                break
+            text = row.get('text')
+            if isinstance(text, str) and text.strip():
+                parts.write('val' if count % val_every == val_every - 1 else 'train', {'text': text})
+                count += 1
+                bar.update()
+        bar.close()
+
+
+class Parts:
+    """
+    train.jsonl and val.jsonl of a folder while they are being written, under the names *.part: what has been interrupted
+    never looks like a dataset. With `work`, a dict that names what is being done, an interrupted command goes on where the
+    last `checkpoint` was, if it is called again for the same work.
+    """
+
+    def __init__(self, folder, names=('train', 'val'), work=None):
+        self.folder, self.work, self.progress = folder, work, os.path.join(folder, 'progress.json')
+        os.makedirs(folder, exist_ok=True)
+        self.state = {'work': work, 'bytes': dict.fromkeys(names, 0), 'counts': dict.fromkeys(names, 0), 'done': 0}
+        if work and os.path.exists(self.progress):
+            with open(self.progress, encoding='utf-8') as f:
+                state = json.load(f)
+            if state['work'] == work:
+                self.state = state
+                print(f'going on behind row {state["done"]}', file=sys.stderr)
+        self.files = {}
+        for name, size in self.state['bytes'].items():
+            path = os.path.join(folder, f'{name}.jsonl.part')
+            self.files[name] = open(path, 'r+b' if size else 'wb')
+            self.files[name].seek(size)
+            self.files[name].truncate()
+
+    def write(self, name, row):
+        self.files[name].write(json.dumps(row, ensure_ascii=False).encode() + b'\n')
+        self.state['counts'][name] += 1
+
+    def checkpoint(self, done):
+        """Everything up to source row `done` is written."""
+        for name, f in self.files.items():
+            f.flush()
+            self.state['bytes'][name] = f.tell()
+        self.state['done'] = done
+        with open(self.progress + '.part', 'w', encoding='utf-8') as f:
+            json.dump(self.state, f)
+        os.replace(self.progress + '.part', self.progress)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        for f in self.files.values():
+            f.close()
+        if error:
+            return
+        for name in self.files:
+            path = os.path.join(self.folder, f'{name}.jsonl')
+            os.replace(f'{path}.part', path)
+        if os.path.exists(self.progress):
+            os.remove(self.progress)
+        counts = self.state['counts']
+        print(f'{self.folder}: {counts["train"]} examples to train on, {counts["val"]} held out', file=sys.stderr)
+
+
+# -----------------------------------------------------------------------------
+# python prepare_data.py llava_instruct, llava_pretrain, llava_cc3m, sharegpt4v
+
+# command -> repository, its file, its images if it has them, whether its rows are captions of which only the caption is kept
+LLAVA = {
+    'llava_instruct': ('liuhaotian/LLaVA-Instruct-150K', 'llava_instruct_150k.json', None, False),
+    'llava_pretrain': ('liuhaotian/LLaVA-Pretrain', 'blip_laion_cc_sbu_558k.json', 'images.zip', True),
+    'llava_cc3m': ('liuhaotian/LLaVA-CC3M-Pretrain-595K', 'chat.json', 'images.zip', True),
+    'sharegpt4v': ('Lin-Chen/ShareGPT4V', 'sharegpt4v_instruct_gpt4-vision_cap100k.json', None, False),
+}
+
+
+def llava_command(command):
+    """
+    A dataset in LLaVA's format to data/NAME/{train,val}.jsonl. The rows of one image (or text-only row) are held out
+    together. Every image is opened once: a row whose image is missing or broken is left out and listed with the reason
+    in left_out.jsonl. Interrupted, it goes on where it was. Raises ValueError if nothing is left.
+    """
+    repository, file, zipped, captions = LLAVA[command]
+    file = f'{subset.removesuffix(".json")}.json' if subset else file
+    path, images = source or download(repository, file), image_dir
+    if not images:
+        if source or not zipped:
+            raise ValueError('expected --image_dir=FOLDER_OR_ZIP: this data has no images of its own, only their names, like '
+                             'those of COCO: http://images.cocodataset.org/zips/train2017.zip')
+        images = download(repository, zipped)
+    if not os.path.exists(images):
+        raise ValueError(f'--image_dir={images} does not exist: expected the folder or .zip with the images')
+    folder = os.path.join('data', name or (os.path.splitext(os.path.basename(source))[0] if source else command))
+    images, prefix = os.path.abspath(images), ''
+    if os.path.isfile(images):  # an archive may hold everything in one folder, as COCO's do
+        tops = {member.partition('/')[0] for member in open_zip(images, os.getpid()).namelist()}
+        prefix = f'{tops.pop()}/' if len(tops) == 1 else ''
+    work = {'command': command, 'source': path, 'size': os.path.getsize(path), 'image_dir': images, 'val_every': val_every,
+            'max_examples': max_examples}
+    with Parts(folder, ('train', 'val', 'left_out'), work) as parts, ThreadPoolExecutor(8) as pool:
+        state, bar = parts.state, tqdm(unit='row')
+        for first, rows in chunks(json_rows(path, max_examples), 256):
+            if first + len(rows) <= state['done']:
+                bar.update(len(rows))
+                continue
+            for i, (row, (example, why)) in enumerate(zip(rows, pool.map(
+                    lambda row: llava_example(row, images, prefix, captions), rows)), first):
+                if why:
+                    parts.write('left_out', {'row': i, 'id': row.get('id'), 'image': row.get('image'), 'why': why})
+                    state.setdefault('whys', {})[why] = state.get('whys', {}).get(why, 0) + 1
+                    continue
+                key = str(row.get('image') or row.get('id') or i)
+                held_out = key == state.setdefault('first', key) or \
+                    int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % val_every == 0
+                parts.write('val' if held_out else 'train', example)
+            parts.checkpoint(first + len(rows))
+            bar.update(len(rows))
+        bar.close()
+        counts = state['counts']
+        for why, count in state.get('whys', {}).items():
+            print(f'left out: {count} rows, {why}', file=sys.stderr)
+        if counts['left_out']:
+            print(f'they are listed in {os.path.join(folder, "left_out.jsonl")}', file=sys.stderr)
+        if not counts['train'] or not counts['val']:
+            raise ValueError(f'of {state["done"]} rows in {path}, {counts["train"]} are left to train on and {counts["val"]} '
+                             f'to hold out: is --image_dir={images} what the names in it are relative to?')
+
+
+def download(repository, file):
+    """The local path of a file of a dataset on the hub, which is downloaded once."""
+    from huggingface_hub import hf_hub_download
+    try:
+        return hf_hub_download(repository, file, repo_type='dataset')
+    except Exception as error:  # the hub's client has many of its own
+        raise ValueError(f'{file} of {repository} is not in the cache and cannot be downloaded ({type(error).__name__}): '
+                         'connect, or name local copies, --source=FILE.json --image_dir=FOLDER_OR_ZIP') from error
+
+
+def json_rows(path, most=0):
+    """
+    The objects of a JSON array in a file, one after another: LLaVA's of a gigabyte is never in memory as a whole; or the
+    lines of a .jsonl. Raises ValueError with the row's number where the file is broken or ends too early.
+    """
+    with open(path, encoding='utf-8') as f:
+        decoder, text, count, ended = json.JSONDecoder(), '', 0, False
+        if not path.endswith('.jsonl') and f.read(1) != '[':
+            raise ValueError(f'{path} is not a JSON array of rows, as LLaVA publishes them')
+        while not most or count < most:
+            text = text.lstrip(' \n\r\t,')
+            if text.startswith(']') or ended and not text and path.endswith('.jsonl'):
+                return
+            try:
+                row, end = decoder.raw_decode(text)
+            except ValueError as error:
+                more = f.read(1 << 20)
+                if ended:
+                    raise ValueError(f'{path} is broken or cut off at row {count}: {error}') from None
+                text, ended = text + more, not more
+                continue
+            if not isinstance(row, dict):
+                raise ValueError(f'{path}, row {count}: expected an object, got {str(row)[:60]}')
+            yield row
+            text, count = text[end:], count + 1
+
+
+def chunks(rows, size):
+    """(number of its first row, up to `size` rows) of an iterable."""
+    first, chunk = 0, []
     for row in rows:
-        if count == max_examples:
-            break
-        text = row.get('text')
-        if isinstance(text, str) and text.strip():
-            split = 'val' if count % val_every == val_every - 1 else 'train'
-            files[split].write(json.dumps({'text': text}, ensure_ascii=False) + '\n')
-            count += 1
-            bar.update()
-    bar.close()
-    for split, f in files.items():
-        f.close()
-        os.replace(paths[split] + '.part', paths[split])  # a broken download never looks like a dataset
-    print(f'{folder}: {count - count // val_every} documents to train on, {count // val_every} held out', file=sys.stderr)
+        chunk.append(row)
+        if len(chunk) == size:
+            yield first, chunk
+            first, chunk = first + size, []
+    if chunk:
+        yield first, chunk
 
 
-COMMANDS = {'text': text_command}
+def llava_example(row, images, prefix, captions):
+    """A row of LLaVA's -> (example, '') or (None, why it is left out)."""
+    names = row.get('image') or []
+    names = [names] if isinstance(names, str) else names
+    paths = [os.path.join(images, prefix * (images.endswith('.zip') and not member(images, n)) + n) for n in names]
+    roles = {'human': 'user', 'gpt': 'assistant', 'system': 'system'}
+    try:
+        messages = [{'role': roles[turn['from']], 'content': turn['value']} for turn in row['conversations']]
+    except (KeyError, TypeError):
+        return None, 'no conversation in the format of LLaVA'
+    while messages and messages[-1]['role'] == 'user':  # a question without an answer
+        messages.pop()
+    system = messages[:1] if messages and messages[0]['role'] == 'system' else []
+    turns = messages[len(system):]
+    while turns and turns[0]['role'] == 'assistant':    # an answer without a question
+        turns.pop(0)
+    if not turns or any(m['role'] != ('user', 'assistant')[i % 2] for i, m in enumerate(turns)):
+        return None, 'no questions and answers by turns'
+    if not all(isinstance(m['content'], str) and m['content'].strip() for m in turns):
+        return None, 'an empty turn'
+    places = sum(m['content'].count(IMAGE) for m in turns)
+    if names and not places:
+        turns[0]['content'] = (IMAGE + '\n') * len(names) + turns[0]['content']
+    elif places != len(names):
+        return None, f'{places} <image> places for {len(names)} images'
+    for path in paths:
+        try:
+            image = Image.open(open_path(path))
+            image.draft('RGB', (64, 64))  # a JPEG is checked at an eighth of its size, to its last byte
+            image.load()
+        except FileNotFoundError:
+            return None, 'the image is missing'
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return None, 'the image is broken'
+    example = {'text': IMAGE + turns[-1]['content'].strip()} if captions and names else {'messages': system + turns}
+    return {**example, **({'image_path': paths[0]} if len(paths) == 1 else {'image_paths': paths} if paths else {})}, ''
+
+
+def member(archive, name):
+    """Whether a zip has a member of that name."""
+    return name in open_zip(archive, os.getpid()).NameToInfo
+
+
+# -----------------------------------------------------------------------------
+# python prepare_data.py features
+
+def features_command():
+    """
+    Runs a frozen tower over all images of a dataset once and stores its features, pooled with connector pool, in
+    data/NAME/features-KEY/. Says first what that takes on the disk, and does not begin without as much. Interrupted, it goes
+    on where it was.
+    """
+    config = vision_config()
+    if not vision.is_tower(config):
+        raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen tower, got {vision_encoder!r}: the features of an '
+                         'encoder that is trained change with every step')
+    if dtype not in ('float16', 'bfloat16'):
+        raise ValueError(f'dtype must be float16 or bfloat16, got {dtype!r}')
+    root, paths = dataset_folder(dataset), {}
+    for part in ('train', 'val'):
+        rows = open_rows(dataset, part)
+        for i in range(len(rows)):
+            paths.update(dict.fromkeys(s for s in rows[i].get('images') or []))
+    if not paths:
+        raise ValueError(f'{dataset} has no image files: there is nothing to store')
+    paths = list(paths)
+    eyes = vision.Vision(config)
+    place = device or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    eyes.to(place).eval().requires_grad_(False)
+    x, grid = vision.collate([vision.preprocess(load_image(paths[0]), config)], config)
+    _, length, width = eyes.features(x.to(place), grid.to(place))[0].shape
+    folder = StoredFeatures.folder_for(dataset, config)
+    os.makedirs(folder, exist_ok=True)
+    need, free = len(paths) * length * width * 2, shutil.disk_usage(folder).free
+    print(f'{len(paths)} images x {length} tokens x {width} x 2 bytes = {need / 1e9:.3f} GB in {folder}; '
+          f'{free / 1e9:.1f} GB are free', file=sys.stderr)
+    if need > free:
+        raise ValueError(f'{need / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB: make room, or pool them '
+                         '(--connector=pool --pool_size=2)')
+    file, plan = os.path.join(folder, 'features.bin'), os.path.join(folder, 'plan.json')
+    index = {'shape': [len(paths), length, width], 'dtype': dtype, 'vision_encoder': vision_encoder,
+             'images': [path.removeprefix(root + os.sep) for path in paths]}
+    done = 0
+    if os.path.exists(plan) and os.path.exists(file):
+        with open(plan, encoding='utf-8') as f:
+            done = os.path.getsize(file) // (length * width * 2) if json.load(f) == index else 0
+    if os.path.exists(os.path.join(folder, 'index.json')):
+        os.remove(os.path.join(folder, 'index.json'))
+    with open(plan, 'w', encoding='utf-8') as f:
+        json.dump(index, f)
+    with open(file, 'r+b' if done else 'wb') as f, torch.no_grad():
+        f.seek(done * length * width * 2)
+        f.truncate()
+        bar = tqdm(total=len(paths), initial=done, unit='image')
+        with ThreadPoolExecutor(4) as pool:
+            for i in range(done, len(paths), batch_size):
+                some = list(pool.map(lambda p: vision.preprocess(load_image(p), config), paths[i:i + batch_size]))
+                x, grid = vision.collate(some, config)
+                found = eyes.features(x.to(place), grid.to(place))[0].to(getattr(torch, dtype)).cpu()
+                if not found.isfinite().all():
+                    raise ValueError(f'a feature is too large for {dtype}: store them with --dtype=bfloat16')
+                f.write(found.contiguous().view(torch.uint8).numpy().tobytes())
+                bar.update(len(some))
+        bar.close()
+    os.replace(plan, os.path.join(folder, 'index.json'))
+
+
+# -----------------------------------------------------------------------------
+# python prepare_data.py show
+
+def show_command():
+    """One example as the model gets it: its images and tokens in show.png, what is learnt in green; the same as text."""
+    config, encoding = vision_config(), get_tokenizer(tokenizer)
+    if vision.is_tower(config):
+        vision.Tower(config, load=False)  # for the number of its tokens; its weights do not matter here
+    rows = open_rows(dataset, split)
+    if not 0 <= index < len(rows):
+        raise ValueError(f'{dataset} has {len(rows)} rows to {split} on, from 0 to {len(rows) - 1}; there is no {index}')
+    example = rows[index]
+    t = tokenize(example, encoding, config, loss_on)
+    ids, learnt = t['idx'] + t['targets'][-1:], [False, *(target >= 0 for target in t['targets'])]
+    if ids[-1] < 0:
+        ids, learnt = ids[:-1], learnt[:-1]
+    tokens, i, image = [], 0, 0
+    while i < len(ids):
+        if ids[i] == config.image_token:
+            n = vision.num_tokens(t['images'][image], config)
+            tokens.append((f'{IMAGE} x {n}', 'image'))
+            i, image = i + n, image + 1
+            continue
+        kind = 'learnt' if learnt[i] else 'special' if ids[i] in encoding._special_tokens.values() else 'given'
+        tokens.append((encoding.decode([ids[i]]), kind))
+        i += 1
+    print(f'{dataset}, row {index} to {split} on: {len(t["images"])} images, {len(ids)} tokens, {sum(learnt)} of them learnt '
+          f'(in green); as a picture in {out}', file=sys.stderr)
+    print(render.coloured(tokens, sys.stdout.isatty() and 'NO_COLOR' not in os.environ))
+    render.token_sheet([load_image(source) for source in example.get('images') or []], tokens).save(out)
+
+
+# -----------------------------------------------------------------------------
+# python prepare_data.py shapes: a small set of questions about pictures, to learn on when nothing can be downloaded
+
+SHAPES = ('circle', 'square', 'triangle', 'cross')
+COLOURS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (245, 210, 40),
+           'purple': (150, 60, 190), 'black': (20, 20, 20)}
+QUARTERS = ('top left', 'top right', 'bottom left', 'bottom right')
+FACTS = [('How many sides has a triangle?', '3'), ('How many sides has a square?', '4'), ('Which shape is round?', 'circle'),
+         ('How many corners has a triangle?', '3'), ('Which colour do blue and yellow make?', 'green'),
+         ('Which colour do red and blue make?', 'purple'), ('Is a circle round?', 'yes'), ('Is a square round?', 'no')]
+
+
+def shapes_command():
+    """
+    data/shapes: PNGs of 64 x 64 pixels with one to four coloured shapes, each at a random place of a quarter of its own and
+    of a random size: questions on colour, kind, number and place, yes or no, and descriptions. Of twenty examples one is
+    without an image and four have two; most are of several turns. A picture that is held out is not in the training set.
+    """
+    folder, count = os.path.join('data', name or 'shapes'), max_examples or 20000
+    os.makedirs(os.path.join(folder, 'images'), exist_ok=True)
+    seen = set()
+    with Parts(folder) as parts:
+        for i in tqdm(range(count), unit='example'):
+            rng, part = random.Random(f'shapes {i}'), 'val' if i * 20 < count else 'train'  # 5 % are held out, drawn first
+            while True:
+                pictures, turns = shapes_example(rng)
+                if part == 'val' or not seen & {str(p) for p in pictures}:
+                    break
+            seen |= {str(p) for p in pictures} if part == 'val' else set()
+            paths = [f'images/{i:06d}{"ab"[j]}.png' for j in range(len(pictures))]
+            for shapes, path in zip(pictures, paths):
+                draw_shapes(shapes).save(os.path.join(folder, path))
+            messages = [{'role': role, 'content': text} for turn in turns for role, text in zip(('user', 'assistant'), turn)]
+            messages[0]['content'] = (IMAGE + '\n') * len(paths) + messages[0]['content']
+            parts.write(part, {'messages': messages, **({'image_paths': paths} if paths else {})})
+
+
+def shapes_example(rng):
+    """(pictures, each a list of shapes; turns, each a question and its answer)."""
+    kind = rng.random()
+    if kind < 0.05:
+        return [], [rng.choice(FACTS)]
+    if kind < 0.8:
+        shapes = some_shapes(rng, rng.choices((1, 2, 3, 4), (4, 3, 2, 2))[0])
+        if kind < 0.3:  # every word of a description has to be looked for: the most that a picture can teach
+            return [shapes], [('Describe the picture.', ', '.join(f'a {colour} {kind} {quarter}' for kind, colour, quarter, *_
+                                                                  in sorted(shapes, key=lambda s: QUARTERS.index(s[2]))))]
+        return [shapes], [shapes_question(shapes, rng) for _ in range(rng.randint(1, 6))]
+    pictures = [some_shapes(rng, n) for n in rng.sample((1, 2, 3, 4), 2)]
+    turns = [('Which picture has more shapes?', 'the first' if len(pictures[0]) > len(pictures[1]) else 'the second')]
+    for _ in range(rng.randint(0, 3)):
+        which = rng.randrange(2)
+        question, answer = shapes_question(pictures[which], rng)
+        turns.append((f'In the {("first", "second")[which]} picture: {question}', answer))
+    return pictures, rng.sample(turns, len(turns))
+
+
+def some_shapes(rng, n, half=32):
+    """n shapes (kind, colour, quarter, x, y, radius), each in a quarter of its own."""
+    shapes = []
+    for quarter in rng.sample(range(4), n):
+        r = rng.randint(6, 12)
+        x, y = (rng.randint(r + 1, half - r - 1) for _ in range(2))
+        shapes.append((rng.choice(SHAPES), rng.choice(list(COLOURS)), QUARTERS[quarter],
+                       x + quarter % 2 * half, y + quarter // 2 * half, r))
+    return shapes
+
+
+def draw_shapes(shapes, size=64, fine=4):
+    """The shapes on white, drawn large and scaled down, so that their edges are smooth."""
+    image = Image.new('RGB', (fine * size, fine * size), 'white')
+    pen = ImageDraw.Draw(image)
+    for kind, colour, _, *place in shapes:
+        x, y, r = (fine * v for v in place)
+        box, fill = (x - r, y - r, x + r, y + r), COLOURS[colour]
+        if kind == 'circle':
+            pen.ellipse(box, fill)
+        elif kind == 'square':
+            pen.rectangle(box, fill)
+        elif kind == 'triangle':
+            pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill)
+        else:
+            pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
+            pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def shapes_question(shapes, rng):
+    """A question that has one right answer, and the answer."""
+    kinds, colours, pairs = ([s[0] for s in shapes], [s[1] for s in shapes], [s[:2] for s in shapes])
+    while True:
+        about, (kind, colour, quarter, *_) = rng.choice(('colour', 'kind', 'yes or no', 'count', 'where')), rng.choice(shapes)
+        if about == 'colour' and kinds.count(kind) == 1:
+            return f'What colour is the {kind}?', colour
+        if about == 'kind' and colours.count(colour) == 1:
+            return f'What is the {colour} shape?', kind
+        if about == 'yes or no':
+            if rng.random() < 0.5:
+                return f'Is there a {colour} {kind}?', 'yes'
+            # half right: only looking at both, colour and kind, tells
+            other = rng.choice([(kind, rng.choice(list(COLOURS))), (rng.choice(SHAPES), colour)])
+            if other not in pairs:
+                return f'Is there a {other[1]} {other[0]}?', 'no'
+        if about == 'count':
+            what = rng.choice(('', kind, colour, rng.choice(SHAPES), rng.choice(list(COLOURS))))
+            number = kinds.count(what) + colours.count(what) if what else len(shapes)
+            return f'How many {what + "s" if what in SHAPES else (what + " shapes").strip()} are there?', str(number)
+        if about == 'where' and pairs.count((kind, colour)) == 1:
+            return f'Where is the {colour} {kind}?', quarter
+
+
+# -----------------------------------------------------------------------------
+
+COMMANDS = {'text': text_command, 'shapes': shapes_command, 'features': features_command, 'show': show_command,
+            **{command: functools.partial(llava_command, command) for command in LLAVA}}
 
 
 def main():

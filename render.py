@@ -5,6 +5,7 @@ Text -> images: the part of glimpse that turns any text into pictures a model ca
     draw           the text as a PIL image, with seeded augmentation on request
     split          a span of tokens or characters -> prefix, infix, postfix; the infix is what gets drawn
     contact_sheet  pictures with captions, right ones green and wrong ones red: the eyes of the experimenter
+    token_sheet    an example's images and tokens, what is learnt of them in green
 
 What will the model see?
 
@@ -15,6 +16,7 @@ The font is Pillow's built-in one (Aileron), or any .ttf/.otf file or folder of 
 """
 
 import functools
+import itertools
 import math
 import os
 import random
@@ -290,6 +292,43 @@ def contact_sheet(images, captions, right=None, columns=4, cell=400, font_size=1
             sheet.paste(tile, (margin + j * (cell + margin), y))
         y += height + margin
     return sheet
+
+
+def token_sheet(images, tokens, width=720, size=14, height=160):
+    """
+    Images side by side and, below them, a sequence of (text, kind) tokens, each in its box: green what is 'learnt', blue
+    an 'image', grey what is 'special', white what is 'given'.
+    """
+    font, fills = load_font('', size), {'learnt': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
+    boxes, x, y = [], 8, 8
+    for text, kind in tokens:
+        text = text.replace('\n', '\\n') or '\u00b7'
+        text = ''.join(c if has_glyph(c) else '?' for c in text)
+        wide = max(4, math.ceil(font.getlength(text))) + 3
+        if x + wide > width - 8 and x > 8:
+            x, y = 8, y + round(1.7 * size)
+        boxes.append((x, y, wide, text, fills[kind]))
+        x += wide + 1
+    thumbnails = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
+    top = height + 16 if images else 0
+    sheet = Image.new('RGB', (max(width, 8 + sum(t.width + 8 for t in thumbnails)), top + y + 2 * size), 'white')
+    pen, left = ImageDraw.Draw(sheet), 8
+    for thumbnail in thumbnails:
+        sheet.paste(thumbnail, (left, 8))
+        left += thumbnail.width + 8
+    for x, y, wide, text, fill in boxes:
+        pen.rectangle((x, top + y, x + wide, top + y + round(1.5 * size)), fill)
+        pen.text((x + 2, top + y + 2), text, fill='black', font=font)
+    return sheet
+
+
+def coloured(tokens, ansi=True):
+    """The same tokens as a terminal shows them; without colours, what is learnt stands in double brackets."""
+    codes, out = {'learnt': '30;42', 'image': '30;44', 'special': '2', 'given': '0'}, ''
+    for kind, group in itertools.groupby(tokens, key=lambda token: token[1]):
+        text = ''.join(text for text, _ in group)
+        out += f'\x1b[{codes[kind]}m{text}\x1b[0m' if ansi else f'[[{text}]]' if kind == 'learnt' else text
+    return out
 
 
 # -----------------------------------------------------------------------------

@@ -4,17 +4,22 @@ What you do with a trained model: ask it, chat with it, score it. The answer alo
     $ python sample.py --out_dir=out/quickstart --image line.png             # read a picture
     $ python sample.py --image a.png b.png --prompt "What has changed?"      # several images, a question
     $ python sample.py --image a.png --interactive                           # a conversation
+    $ python sample.py --image photos/ --prompt "Describe the image."        # every image of a folder, to a CSV
+    $ python sample.py --image a.png --logprobs                              # how sure is it, and of which words not?
     $ python sample.py --out_dir=out/text_bytes --prompt "The with statement" --temperature=0.8 --num_samples=3
     $ python sample.py --eval=data/mine/val.jsonl                            # greedy CER and exact match, CSV, pictures
 """
 
 import csv
 import json
+import math
 import os
+import re
 import sys
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
 import render
 from configurator import configure, run
@@ -25,7 +30,7 @@ from prepare_data import (END, IMAGE, Examples, JsonLines, collate, decode, draw
 # -----------------------------------------------------------------------------
 out_dir = 'out'          # where train.py has left its checkpoint
 checkpoint = 'ckpt.pt'   # or ckpt_best.pt
-image = ()               # one or more image files
+image = ()               # one or more image files, or one folder: each of its images is asked about
 prompt = ''              # the question; <image> in it says where the images stand, else they stand first
 interactive = False      # a conversation: every line you type is a turn, an empty one ends it
 num_samples = 1          # number of answers
@@ -34,12 +39,14 @@ temperature = 0.0        # 0 is greedy, 1 draws from the model's own probabiliti
 top_k = 0                # draw from the k likeliest tokens only; 0 for all
 top_p = 1.0              # draw from the likeliest tokens that hold this probability; 1 for all
 seed = 1337
+logprobs = False         # mark each word that the model gave less than half the probability: [word?]
 chat = 'auto'            # yes: the prompt is a turn of a conversation; no: a text to go on with; auto: as it was trained
 eval = ''                # a .jsonl file or dataset: score its answers instead
 eval_samples = 512       # score at most as many
 batch_size = 64          # of the evaluation
 device = ''              # cuda, mps or cpu; '' finds out by itself
 tokenizer = ''           # bytes, gpt2 or a meta.pkl; '' takes the checkpoint's
+vision_encoder = ''      # where a frozen encoder's weights are now, if the file they came from has moved
 # -----------------------------------------------------------------------------
 
 
@@ -48,18 +55,45 @@ def find_device():
     return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
-def answer(model, tokenizer, examples, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+def answer(model, tokenizer, examples, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None,
+           features=None, return_logprobs=False):
     """
     The model's answers, a list of str, to a batch of examples: conversations up to their last answer, which the model
     does not see, or texts to go on with. Greedy unless temperature > 0. An answer does not depend on its neighbours.
+    With return_logprobs each is (answer, its mean log-probability a token in nats, the answer with doubtful words marked).
     """
     device = model.lm_head.weight.device
-    batch = collate([tokenize(e, tokenizer, model.config, prompt_only=True) for e in examples], model.config)
+    batch = collate([tokenize(e, tokenizer, model.config, prompt_only=True, features=features) for e in examples], model.config)
     images = tuple(t.to(device) for t in batch['images']) if any(e.get('images') for e in examples) else None
+    end = tokenizer.encode_single_token(END)
     out = model.generate(batch['idx'].to(device), max_new_tokens, temperature, top_k, top_p, images, batch['lengths'],
-                         end_token=tokenizer.encode_single_token(END), generator=generator,
+                         end_token=end, generator=generator, return_logprobs=return_logprobs,
                          allowed=drawable_ids(tokenizer, model.config.vocab_size).to(device))
-    return [decode(tokenizer, row[n:].tolist()) for row, n in zip(out, batch['lengths'])]
+    tokens, sure = out if return_logprobs else (out, out)
+    rows = [(row[n:].tolist(), p[n:].tolist()) for row, p, n in zip(tokens, sure, batch['lengths'])]
+    if not return_logprobs:
+        return [decode(tokenizer, ids) for ids, _ in rows]
+    answers = []
+    for ids, p in rows:
+        n = ids.index(end) if end in ids else len(ids)
+        drawn = p[:n + 1]  # that it ended there is part of the answer, too
+        answers.append((decode(tokenizer, ids), sum(drawn) / max(1, len(drawn)), mark_doubts(tokenizer, ids[:n], p)))
+    return answers
+
+
+def mark_doubts(tokenizer, ids, logprobs, least=0.5):
+    """The text with every word in [brackets?] of which a token had a probability below `least`: better look there."""
+    word_of, text = [], b''  # by its first byte, which word each token belongs to; its bytes may be less than a character
+    for i in ids:
+        word_of.append(len(text))
+        text += tokenizer.decode_single_token_bytes(i)
+    out, last = b'', 0
+    for word in re.finditer(rb'\S+', text):
+        doubtful = any(math.exp(p) < least and start < word.end() and end > word.start()
+                       for start, end, p in zip(word_of, [*word_of[1:], len(text)], logprobs))
+        out += text[last:word.start()] + (b'[' + word[0] + b'?]' if doubtful else word[0])
+        last = word.end()
+    return (out + text[last:]).decode(errors='replace')
 
 
 def edit_distance(a, b):
@@ -81,9 +115,19 @@ def score(predictions, references):
     return {'cer': sum(edits) / max(1, sum(map(len, references))), 'exact': edits.count(0) / max(1, len(edits))}
 
 
+def is_question(example):
+    """Whether it has an answer to be scored: a conversation, or images with a caption behind the last one."""
+    return 'messages' in example or bool(example.get('images')) and 'infix' not in example and bool(reference(example).strip())
+
+
+def question(example):
+    """The example as it is put to the model."""
+    return example if 'messages' in example else {**example, 'text': example['text'].rpartition(IMAGE)[0] + IMAGE}
+
+
 def reference(example):
-    """What the model should have answered: the last message's text."""
-    return example['messages'][-1]['content']
+    """What the model should have answered: the last message's text, or the text behind the last image."""
+    return example['messages'][-1]['content'] if 'messages' in example else example['text'].rpartition(IMAGE)[2]
 
 
 def answer_sheet(examples, predictions):
@@ -100,14 +144,27 @@ def load():
     """The model of out_dir/checkpoint in eval mode on the device, its tokenizer, and the knobs it was trained with."""
     path = os.path.join(out_dir, checkpoint)
     state = load_checkpoint(path)
-    model = GPT.from_state(state, path, dropout=0.0).to(device or find_device()).eval()
+    moved = {'vision_encoder': vision_encoder} if vision_encoder else {}
+    # lora_rank 0 merges the updates: the same answers, faster
+    model = GPT.from_state(state, path, dropout=0.0, lora_rank=0, **moved).to(device or find_device()).eval()
     config = SimpleNamespace(**state.get('config', {}))
     encoding = get_tokenizer(tokenizer or getattr(config, 'tokenizer', 'gpt2'))
     if encoding.n_vocab > model.config.vocab_size:
         raise ValueError(f'the tokenizer {encoding.name} has {encoding.n_vocab} ids, the model only '
                          f'{model.config.vocab_size}: name the one it was trained with by --tokenizer')
     print(f'{path}: iteration {state.get("iter_num")}, {model.get_num_params() / 1e6:.2f}M parameters', file=sys.stderr)
+    config.chat = state.get('chat', True)
     return model, encoding, config
+
+
+def say(found, prefix=''):
+    """Prints an answer, marked where it is doubtful and with its mean log-probability on stderr if those were asked for."""
+    if logprobs:
+        _, mean, marked = found
+        print(prefix + marked, flush=True)
+        print(f'mean log-probability of a token: {mean:.3f} nats', file=sys.stderr)
+    else:
+        print(prefix + found, flush=True)
 
 
 def with_images(text, images):
@@ -126,8 +183,9 @@ def ask(model, encoding, as_chat):
         example = {'text': prompt if IMAGE in prompt or not images else prompt + IMAGE * len(images), 'images': images}
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
     for i in range(num_samples):
-        text, = answer(model, encoding, [example], max_new_tokens, temperature, top_k, top_p, generator)
-        print(text if as_chat else prompt + text, flush=True)
+        found, = answer(model, encoding, [example], max_new_tokens, temperature, top_k, top_p, generator,
+                        return_logprobs=logprobs)
+        say(found, '' if as_chat else prompt)
         if i < num_samples - 1:
             print('---------------')
 
@@ -143,10 +201,41 @@ def converse(model, encoding):
         if not line:
             return
         messages.append({'role': 'user', 'content': line if messages else with_images(line, images)})
-        text, = answer(model, encoding, [{'messages': messages, 'images': images}], max_new_tokens, temperature, top_k,
-                       top_p, generator)
-        print(text, flush=True)
-        messages.append({'role': 'assistant', 'content': text})
+        found, = answer(model, encoding, [{'messages': messages, 'images': images}], max_new_tokens, temperature, top_k,
+                        top_p, generator, return_logprobs=logprobs)
+        say(found)
+        messages.append({'role': 'assistant', 'content': found[0] if logprobs else found})
+
+
+def caption_folder(model, encoding, folder, as_chat):
+    """Asks the prompt about every image of a folder: captions.csv and captions.png in out_dir; what is no image is said."""
+    names = sorted(os.path.join(root, n) for root, _, ns in os.walk(folder) for n in ns if not n.startswith('.'))
+    text = with_images(prompt, [None]) if as_chat else prompt if IMAGE in prompt else prompt + IMAGE
+    rows, shown = [], []
+    for i in tqdm(range(0, len(names), batch_size), unit='batch'):
+        examples, readable = [], []
+        for name in names[i:i + batch_size]:
+            try:
+                picture = load_image(name)
+            except ValueError as error:
+                print(f'left out: {error}', file=sys.stderr)
+                continue
+            readable.append(os.path.relpath(name, folder))
+            examples.append({**({'messages': [{'role': 'user', 'content': text}]} if as_chat else {'text': text}),
+                             'images': [picture]})
+        if examples:
+            shown += [e['images'][0] for e in examples][:64 - len(shown)]
+            generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+            found = answer(model, encoding, examples, max_new_tokens, temperature, top_k, top_p, generator,
+                           return_logprobs=True)
+            rows += [(name, caption, f'{mean:.4f}', marked) for name, (caption, mean, marked) in zip(readable, found)]
+    if not rows:
+        raise ValueError(f'no image in {folder}')
+    table, sheet = os.path.join(out_dir, 'captions.csv'), os.path.join(out_dir, 'captions.png')
+    with open(table, 'w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([['image', 'caption', 'logprob', 'doubts'], *rows])
+    render.contact_sheet(shown, [row[3] if logprobs else row[1] for row in rows[:len(shown)]]).save(sheet)
+    print(f'{len(rows)} captions in {table}, the first {len(shown)} as pictures in {sheet}', file=sys.stderr)
 
 
 def evaluate(model, encoding, config):
@@ -158,12 +247,12 @@ def evaluate(model, encoding, config):
     rows = examples.rows
     drawn = 'messages' not in rows[0]  # plain text gives any number of examples, each another picture
     examples = [examples[i] for i in range(eval_samples if drawn else min(eval_samples, len(rows)))]
-    examples = [e for e in examples if 'messages' in e]
+    examples = [e for e in examples if is_question(e)]
     if not examples:
-        raise ValueError(f'{eval} has no conversation to answer: expected rows with "messages"')
+        raise ValueError(f'{eval} has nothing to answer: expected rows with "messages", or with a text behind an <image>')
     predictions = []
     for i in range(0, len(examples), batch_size):
-        predictions += answer(model, encoding, examples[i:i + batch_size], max_new_tokens)
+        predictions += answer(model, encoding, [question(e) for e in examples[i:i + batch_size]], max_new_tokens)
         print(f'{len(predictions)}/{len(examples)} answered', end='\r', file=sys.stderr)
     table, sheet = os.path.join(out_dir, 'eval.csv'), os.path.join(out_dir, 'eval.png')
     with open(table, 'w', newline='', encoding='utf-8') as f:
@@ -186,11 +275,13 @@ def main():
         raise ValueError(f'--chat must be auto, yes or no, got {chat!r}')
     model, encoding, config = load()
     # a model that was trained to go on with texts has never seen the tokens of a conversation
-    as_chat = chat == 'yes' or chat == 'auto' and 'read' in getattr(config, 'tasks', '')
+    as_chat = chat == 'yes' or chat == 'auto' and config.chat
     if image and not model.config.vision_encoder:
         raise ValueError(f'the model in {out_dir} is blind: it was trained without a vision_encoder')
     if eval:
         evaluate(model, encoding, config)
+    elif len(image) == 1 and os.path.isdir(image[0]):
+        caption_folder(model, encoding, image[0], as_chat)
     elif interactive:
         converse(model, encoding)
     else:

@@ -4,6 +4,7 @@ The one training loop: a GPT, with or without eyes, on text, on pictures of text
     $ python train.py config/quickstart.py                                       # one process, any machine
     $ torchrun --nproc_per_node=8 train.py config/render_pretrain.py             # 8 GPUs
     $ python train.py config/quickstart.py --init_from=resume                    # go on where it stopped, exactly
+    $ python train.py config/vlm_cpu.py --init_from=out/text_bytes/ckpt.pt       # a text model gains eyes
     $ python train.py --help                                                     # every knob
 
 Writes to out_dir: ckpt.pt (newest), ckpt_best.pt (lowest val_loss), log.jsonl and samples.png.
@@ -26,15 +27,15 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, run
-from model import GPT, GPTConfig, load_checkpoint
-from prepare_data import (IMAGE, Batches, Examples, collate, get_tokenizer, held_out_examples, load_image,
+from model import GPT, GPTConfig, load_checkpoint, read_weights
+from prepare_data import (IMAGE, Batches, Examples, StoredFeatures, collate, get_tokenizer, held_out_examples, load_image,
                           open_rows, parse_tasks, tokenize)
-from sample import answer, answer_sheet, find_device, reference, score
+from sample import answer, answer_sheet, find_device, is_question, question, reference, score
 
 # -----------------------------------------------------------------------------
 # run
 out_dir = 'out'
-init_from = 'scratch'          # scratch, resume (from out_dir), or the path of a checkpoint
+init_from = 'scratch'          # scratch, resume (from out_dir), gpt2 to gpt2-xl, a folder with one, or a checkpoint's path
 eval_interval = 500            # steps between two evaluations, each with a checkpoint
 log_interval = 10              # steps between two lines of log.jsonl
 eval_iters = 8                 # micro-batches for each loss of an evaluation
@@ -49,6 +50,7 @@ wandb_project = 'glimpse'
 wandb_run_name = ''
 # data
 dataset = 'pydoc'              # pydoc, a file or folder of text, or data/NAME (see prepare_data.py)
+text_dataset = ''              # plain text for text_loss; '' takes the dataset's own, or pydoc if it is of conversations
 tokenizer = 'bytes'            # bytes, gpt2, or the path of a nanoGPT meta.pkl
 tasks = 'read:1'               # what plain text becomes: read, continue, text, with weights: 'read:0.8 text:0.2'
 loss_on = 'assistant'          # of conversations, learn the assistant's words, or 'all'
@@ -77,8 +79,12 @@ n_head = 12
 n_embd = 768
 dropout = 0.0                  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False                   # do we use bias inside LayerNorm and Linear layers?
+lora_rank = 0                  # > 0: the GPT keeps its weights, and only an update of this rank of each Linear is trained
+lora_alpha = 16.0              # the updates are scaled by lora_alpha / lora_rank
+lora_dropout = 0.0
 # vision
-vision_encoder = ''            # '' for a text-only GPT, vit for the small ViT trained from scratch
+vision_encoder = ''            # '' for a text-only GPT, vit for the small ViT trained from scratch, or a tower by name:
+#                                ViT-L-14-quickgelu/openai, timm/vit_small_patch14_dinov2.lvd142m (see vision.py)
 connector = 'mlp'              # linear, mlp, or pool
 pool_size = 2                  # connector pool: k x k patches become one token
 patch_height = 16
@@ -88,6 +94,10 @@ line_height = 0                # > 0: every image is a line of text and first sc
 vision_n_layer = 6
 vision_n_head = 6
 vision_n_embd = 384
+vision_layer = -2              # of a tower: the layer whose features are taken; -1 is the last, with its final norm
+vision_cls = False             # of a tower: keep the class token
+image_fit = 'pad'              # of a tower: how a picture becomes its square: pad, squash or crop
+stored_features = True         # of a frozen tower: take those that prepare_data.py features has stored, if it has
 # optimizer
 optimizer = 'adamw'            # adamw, or muon for the hidden matrices and adamw for the rest
 learning_rate = 6e-4           # max learning rate of the GPT; 0 freezes it
@@ -140,20 +150,17 @@ def build_model(config, tokenizer):
     if config.init_from == 'scratch':
         args = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if hasattr(config, f.name)}
         vocab_size = -(-tokenizer.n_vocab // 64) * 64  # padded for efficiency; the spare ids are never drawn
+        if config.lora_rank:
+            raise ValueError('lora_rank adapts a model that can already do something: say which by --init_from')
         return GPT(GPTConfig(**args, vocab_size=vocab_size, image_token=tokenizer.encode_single_token(IMAGE))), None
-    resume = config.init_from == 'resume'
-    path = os.path.join(config.out_dir, 'ckpt.pt') if resume else config.init_from
+    if config.init_from != 'resume':
+        return adopt_model(config, tokenizer), None
+    path = os.path.join(config.out_dir, 'ckpt.pt')
     checkpoint = load_checkpoint(path)
     model = GPT.from_state(checkpoint, path, dropout=config.dropout)
-    if tokenizer.n_vocab > model.config.vocab_size or model.config.vision_encoder and \
-            model.config.image_token != tokenizer.encode_single_token(IMAGE):
-        raise ValueError(f'{path} was not trained with the tokenizer {tokenizer.name}: take the one it was trained with')
-    if config.vision_encoder and not model.config.vision_encoder:
-        raise ValueError(f'{path} is a model without eyes, and this run asks for vision_encoder={config.vision_encoder!r}')
-    if config.block_size < model.config.block_size:
-        model.crop_block_size(config.block_size)
-    if not resume:
-        return model, None
+    if config.block_size != model.config.block_size:
+        raise ValueError(f'{path} was trained with block_size {model.config.block_size}, and a resumed run keeps it: '
+                         f'to change it, start from its weights with --init_from={path}')
     missing = sorted({'optimizer', 'iter_num', 'best_val_loss', 'config'} - set(checkpoint))
     if missing or not isinstance(checkpoint['optimizer'], list):
         raise ValueError(f'{path} cannot be resumed: it was not written by this train.py; start from its weights with '
@@ -162,6 +169,39 @@ def build_model(config, tokenizer):
         if key in vars(config) and getattr(config, key) != old and key != 'init_from':
             print(f'note: {key} was {old!r}, and is {getattr(config, key)!r} from now on', file=sys.stderr)
     return model, checkpoint
+
+
+def adopt_model(config, tokenizer):
+    """
+    The model of init_from with what this run asks of it beyond what it is: positions, special tokens, eyes if it is blind,
+    LoRA. Its own shape and its own eyes stay as they are.
+    """
+    source = config.init_from
+    args, state, base = read_weights(source)
+    known = vars(GPTConfig(**args))
+    # the tokenizer has to be the source's: its ids, padded to a multiple of 64 at most, and glimpse's special tokens
+    text_ids, image_token = len(tokenizer._mergeable_ranks), tokenizer.encode_single_token(IMAGE)
+    if not 0 <= known['vocab_size'] - text_ids <= 64 or known['vision_encoder'] and known['image_token'] != image_token:
+        raise ValueError(f'{source} was not trained with the tokenizer {tokenizer.name}: it has {known["vocab_size"]} tokens, '
+                         f'the tokenizer {text_ids} and its special ones; name the one it was trained with by --tokenizer')
+    changes = {key: getattr(config, key) for key in ('dropout', 'block_size', 'lora_rank', 'lora_alpha', 'lora_dropout')}
+    changes['vocab_size'] = max(known['vocab_size'], -(-tokenizer.n_vocab // 64) * 64
+                                if tokenizer.n_vocab > known['vocab_size'] else 0)
+    asked = {key: getattr(config, key) for key in known if hasattr(config, key) and key not in changes}
+    if config.vision_encoder and not known['vision_encoder']:
+        # all that is new: its knobs are this run's
+        of_vision = [f.name for f in fields(GPTConfig)][[f.name for f in fields(GPTConfig)].index('vision_encoder'):]
+        changes |= {key: asked.pop(key) for key in of_vision if key in asked} | {'image_token': image_token}
+    elif config.vision_encoder not in ('', known['vision_encoder']):
+        raise ValueError(f'{source} already has eyes, {known["vision_encoder"]!r}, and this run asks for '
+                         f'{config.vision_encoder!r}: start from a text model, or leave vision_encoder as it is')
+    kept = {key: known[key] for key, value in asked.items() if known[key] != value}
+    model = GPT.from_weights(args, state, base, source, **changes)
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(f'{source}:\n{model.changes}', file=sys.stderr)
+        if kept:
+            print('as in the checkpoint: ' + ', '.join(f'{key} {value!r}' for key, value in kept.items()), file=sys.stderr)
+    return model
 
 
 def get_lr_scale(it, config):
@@ -189,15 +229,16 @@ class Evaluation:
         val_loss       nats per target token
         blank_loss     the same with every image white: what the model knows without looking
         shuffled_loss  the same with another example's images: what it believes of pictures that tell it lies
-        text_loss      plain held-out text: whether the language is kept
+        text_loss      plain held-out text: whether the language is kept. Before the first step it is the reference
         cer, exact     greedy answers against the truth
         none_loss, infix_loss, R, R_blank, R_shuffled    of task continue: the postfix's loss without any infix, with the
                        infix as text, and the pixel recovery R = (none - pixels) / (none - infix), the part of what the
                        infix would have told that came through its pixels
     """
 
-    def __init__(self, config, tokenizer, model_config, place):
+    def __init__(self, config, tokenizer, model_config, place, features=None):
         self.config, self.tokenizer, self.model_config, self.place = config, tokenizer, model_config, place
+        self.features = features
         weights = parse_tasks(config.tasks)
         pictured = ' '.join(f'{t}:{w}' for t, w in weights.items() if t != 'text') if model_config.vision_encoder else ''
         n = max(config.eval_iters * config.batch_size, config.eval_samples if model_config.vision_encoder else 0)
@@ -210,17 +251,18 @@ class Evaluation:
                              'set --vision_encoder=vit, or --tasks=text')
         self.examples = [first[i] for i in range(n)]
         self.texts = []
-        if plain and pictured:
-            texts = held_out_examples(config.dataset, config, 'text')
+        text_dataset = config.text_dataset or (config.dataset if plain else 'pydoc')
+        if config.text_dataset or pictured and (plain or not tokenizer.name.endswith('.pkl')):
+            texts = held_out_examples(text_dataset, config, 'text')
             self.texts = [texts[i] for i in range(config.eval_iters * config.batch_size)]
         self.losses_of = self.examples[:config.eval_iters * config.batch_size]
-        self.questions = [e for e in self.examples if 'messages' in e][:config.eval_samples]
+        self.questions = [e for e in self.examples if is_question(e)][:config.eval_samples]
 
     def loss(self, model, autocast, examples):
         """(nats per target, number of targets) of examples, over all ranks."""
         size, total = self.config.batch_size, torch.zeros(2, dtype=torch.float64)
         for i in range(self.place.rank * size, len(examples), self.place.world * size):
-            batch = collate([tokenize(e, self.tokenizer, self.model_config, self.config.loss_on)
+            batch = collate([tokenize(e, self.tokenizer, self.model_config, self.config.loss_on, features=self.features)
                              for e in examples[i:i + size]], self.model_config)
             with autocast:
                 total[0] += model(*to_device(batch, self.place.device), 'sum')[1].item()
@@ -237,7 +279,8 @@ class Evaluation:
             with autocast:
                 # as long as the longest answer and a bit: a model that rambles on is wrong anyway
                 longest = max(len(self.tokenizer.encode_ordinary(reference(e))) for e in self.questions[i:i + size])
-                found[i] = answer(model, self.tokenizer, self.questions[i:i + size], longest + 8)
+                asked = [question(e) for e in self.questions[i:i + size]]
+                found[i] = answer(model, self.tokenizer, asked, longest + 8, features=self.features)
         if self.place.ddp:
             shares = [None] * self.place.world
             dist.all_gather_object(shares, found)
@@ -373,12 +416,12 @@ def quiet_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def open_loader(config, tokenizer, model_config, place, iter_num):
+def open_loader(config, tokenizer, model_config, place, iter_num, features=None):
     """This rank's micro-batches from step iter_num on: of each step's, every world-th."""
     accumulation = config.gradient_accumulation_steps
     examples = Examples(open_rows(config.dataset, 'train'), config, config.seed,
                         growing=config.grow_iters * accumulation * config.batch_size)
-    batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on)
+    batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on, features)
     order = (step * accumulation + micro for step in range(iter_num, config.max_iters)
              for micro in range(place.rank, accumulation, place.world))
     return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, num_workers=config.num_workers,
@@ -430,6 +473,8 @@ class Run:
         self.place = place = start_processes(config)
         torch.manual_seed(config.seed)
         tokenizer = get_tokenizer(config.tokenizer)
+        first = open_rows(config.dataset, 'train')[0]  # before the model, which takes longer to find out about
+        self.chat = 'messages' in first or not first.get('images') and 'read' in parse_tasks(config.tasks)
         self.raw_model, checkpoint = build_model(config, tokenizer)
         self.raw_model.to(place.device)
         self.optimizers = self.raw_model.configure_optimizers(
@@ -441,8 +486,11 @@ class Run:
         if checkpoint:
             self.resume(checkpoint)
         self.first_iter = self.iter_num
-        self.evaluation = Evaluation(config, tokenizer, self.raw_model.config, place)
-        self.loader = open_loader(config, tokenizer, self.raw_model.config, place, self.iter_num)
+        features = StoredFeatures.find(config.dataset, self.raw_model.config) if config.stored_features else None
+        if features and place.rank == 0:
+            print(f'the encoder rests: its features come from {features.folder}', file=sys.stderr)
+        self.evaluation = Evaluation(config, tokenizer, self.raw_model.config, place, features)
+        self.loader = open_loader(config, tokenizer, self.raw_model.config, place, self.iter_num, features)
         self.log = Log(config, place, self.iter_num)
         self.model = torch.compile(self.raw_model) if config.compile else self.raw_model
         if place.ddp:
@@ -467,9 +515,10 @@ class Run:
     def save(self, name):
         if self.place.rank == 0:
             save_checkpoint(os.path.join(self.config.out_dir, name), {
-                'model': self.raw_model.state_dict(), 'optimizer': [o.state_dict() for o in self.optimizers],
+                'model': self.raw_model.checkpoint_state(), 'optimizer': [o.state_dict() for o in self.optimizers],
                 'model_args': vars(self.raw_model.config), 'iter_num': self.iter_num, 'best_val_loss': self.best_val_loss,
-                'config': vars(self.config), 'scaler': self.scaler.state_dict()},
+                'config': vars(self.config), 'scaler': self.scaler.state_dict(), 'base': self.raw_model.base,
+                'chat': self.chat},
                 keep=self.config.keep_checkpoints if name == 'ckpt.pt' else 0)
 
     def evaluate(self):

@@ -3,28 +3,36 @@ Images -> image tokens: everything between a picture and the embeddings that the
 
     preprocess   a PIL image -> its patches as bytes, and where each stands                 (on the CPU, per image)
     collate      the images of a batch, padded to one length                                (on the CPU, per batch)
-    ViT          patches -> features: a small Vision Transformer, trained from scratch      (the encoder)
-    Connector    features -> embeddings as wide as the GPT's: linear, mlp or pool           (the connector)
-    Vision       encoder and connector in one module: what `GPT.vision` is
+    ViT          patches -> features: a small Vision Transformer, trained from scratch      (an encoder)
+    Tower        patches -> features: CLIP, SigLIP, DINOv2 ... with the weights of others   (an encoder)
+    pool         features -> their mean over each cell of k x k patches
+    Connector    features -> embeddings as wide as the GPT's: linear or mlp
+    Vision       all of it in one module: what `GPT.vision` is
 
-Native resolution: a picture keeps its size and aspect and becomes as many patches as it takes, up to a limit; a batch
-of them is padded, and attention never looks at the padding. No square crops, no interpolated position grids.
+The ViT looks at a picture at its native resolution: it keeps its size and aspect and becomes as many patches as it takes,
+up to a limit; a batch of them is padded, and attention never looks at the padding. A tower has learnt to look at
+squares of one size, so its pictures are first made such squares.
 
 This file imports nothing of the project. `config` is any object with the fields that model.py's GPTConfig lists under
-"vision"; another encoder (a frozen CLIP, say) is one more entry in ENCODERS and one more branch in `preprocess`.
+"vision".
 
 References:
 1) ViT: https://arxiv.org/abs/2010.11929
 2) NaViT, patches of images of many sizes in one batch: https://arxiv.org/abs/2307.06304
-3) LLaVA-1.5, the two-layer MLP connector: https://arxiv.org/abs/2310.03744
+3) LLaVA, a frozen CLIP's penultimate layer: https://arxiv.org/abs/2304.08485
+4) LLaVA-1.5, the two-layer MLP connector, and padding to a square: https://arxiv.org/abs/2310.03744
 """
 
+import difflib
+import hashlib
+import json
 import math
+import os
 
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 # -----------------------------------------------------------------------------
@@ -34,6 +42,32 @@ from torch.nn import functional as F
 def cell_size(config):
     """Side, in patches, of the square of patches that becomes one image token: pool_size for `pool`, else 1."""
     return config.pool_size if config.connector == 'pool' else 1
+
+
+def is_tower(config):
+    """Whether the encoder is somebody else's, by name ('ViT-L-14-quickgelu/openai'), and not the `vit` of this file."""
+    return '/' in config.vision_encoder
+
+
+def squared(image, config):
+    """
+    A picture as the tower wants it, image_size x image_size pixels:
+        pad     the whole of it in its own aspect, the rest filled with the tower's mean colour (LLaVA-1.5)
+        squash  the whole of it, its aspect given up: every pixel goes to the picture, good for pages
+        crop    its middle, the shorter side whole: what CLIP was trained on, and what cuts off a page's margins
+    """
+    size = config.image_size, config.image_size
+    if config.image_fit == 'pad':
+        mean = tuple(round(255 * m) for m in config.image_mean)
+        image = ImageOps.pad(image, size, Image.Resampling.BICUBIC, color=mean)
+    elif config.image_fit == 'squash':
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    elif config.image_fit == 'crop':
+        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+    else:
+        raise ValueError(f'image_fit must be pad, squash or crop, got {config.image_fit!r}')
+    side = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14: 378
+    return image.crop((0, 0, side, side))
 
 
 def scaled_size(width, height, config):
@@ -82,14 +116,15 @@ def preprocess(image, config):
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
     L is a multiple of k*k: the patches come cell by cell, the k x k of one image token behind one another, so that
-    the pool connector is a reshape. `num_tokens(grid, config)` says how many image tokens that makes.
+    the pool connector is a reshape. `num_tokens` says how many image tokens that makes.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
-    if config.line_height:
-        image = frame_line(image)
-    size = scaled_size(*image.size, config)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
+    if is_tower(config):
+        image = squared(image, config)
+    else:
+        image = frame_line(image) if config.line_height else image
+        size = scaled_size(*image.size, config)
+        image = image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
     pixels = np.asarray(image)                                                           # (H, W, 3)
     rows, cols = math.ceil(pixels.shape[0] / ph), math.ceil(pixels.shape[1] / pw)
     cell_rows, cell_cols = math.ceil(rows / k), math.ceil(cols / k)
@@ -101,26 +136,33 @@ def preprocess(image, config):
     y, x = np.mgrid[:cell_rows * k, :cell_cols * k]
     grid = np.stack([y, x], -1).reshape(cell_rows, k, cell_cols, k, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
     outside = (grid[:, 0] >= rows) | (grid[:, 1] >= cols)
-    return torch.from_numpy(patches), torch.from_numpy(np.where(outside[:, None], -1, grid))
+    patches, grid = torch.from_numpy(patches), torch.from_numpy(np.where(outside[:, None], -1, grid))
+    if is_tower(config) and config.vision_cls:  # an entry in front for the class token, which comes of no patch
+        patches, grid = F.pad(patches, (0, 0, 1, 0)), F.pad(grid, (0, 0, 1, 0))
+    return patches, grid
 
 
-def num_tokens(grid, config):
-    """Number of image tokens that the connector makes of a picture with this grid."""
-    return len(grid) // cell_size(config) ** 2
+def num_tokens(image, config):
+    """Number of image tokens of a picture: (patches, grid), or (features, grid) if a frozen tower has seen it before."""
+    x, grid = image
+    return len(grid) if x.is_floating_point() else len(grid) // cell_size(config) ** 2
 
 
 def collate(images, config):
     """
     Pads the pictures of a batch, a list of (patches, grid), to the longest. Returns
-        patches  uint8 (N, L, D)
+        patches  uint8 (N, L, D); of stored features, their dtype
         grid     int64 (N, L, 2), -1 at padding
     No pictures at all become one that is nothing but padding: it adds no token, but the vision parameters stay part
     of the graph, so that a batch of text on one rank does not leave the others waiting for gradients.
     """
-    n, k = max(1, len(images)), cell_size(config)
-    length = max((len(p) for p, _ in images), default=k * k)
-    patches = torch.zeros(n, length, config.patch_height * config.patch_width * 3, dtype=torch.uint8)
-    grid = torch.full((n, length, 2), -1)
+    if not images:
+        patches, grid = preprocess(Image.new('RGB', (config.patch_width, config.patch_height)), config)
+        images = [(patches, torch.full_like(grid, -1))]
+    first = images[0][0]
+    length = max(len(p) for p, _ in images)
+    patches = torch.zeros(len(images), length, first.shape[1], dtype=first.dtype)
+    grid = torch.full((len(images), length, 2), -1)
     for i, (p, g) in enumerate(images):
         patches[i, :len(p)], grid[i, :len(g)] = p, g
     return patches, grid
@@ -199,47 +241,217 @@ def sinusoids(length, width, scale=0.3, period=200):
     return math.sqrt(2) * scale * F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width % 2))
 
 
-ENCODERS = {'vit': ViT}
+class Tower(nn.Module):
+    """
+    The image tower of a model that others have trained, with its weights, and frozen unless vision_lr says otherwise:
+
+        ViT-L-14-quickgelu/openai          open_clip's name and its tag; CLIP, SigLIP, SigLIP2, PE-Core, EVA, ...
+        ViT-L-14-quickgelu/FILE            the same with weights from a local file
+        hf-hub:ORG/REPO, local-dir:FOLDER  as open_clip knows them
+        timm/vit_small_patch14_dinov2.lvd142m, timm/NAME/FILE       any image model of timm
+
+    Its features are those of layer vision_layer: -2, the penultimate, is LLaVA's choice (the last one has been made for a
+    single vector); -1 is the last, behind the tower's own final norm. vision_cls keeps the class token, as a first image
+    token. What `preprocess` has to know of the tower (image_size, patch size, mean and std) is written into the config.
+
+    Raises ValueError if there is no such model, its weights cannot be had, or its name asks for another activation than
+    its weights were trained with: OpenAI's need the names with "quickgelu".
+    """
+
+    def __init__(self, config, load=True):
+        super().__init__()
+        if config.vision_cls and config.connector == 'pool':
+            raise ValueError('vision_cls and connector pool exclude one another: a class token is in no cell of patches')
+        self.config = config
+        try:
+            self.tower, seen = open_tower(config.vision_encoder, load)
+        except ValueError:
+            raise
+        except Exception as error:  # open_clip, timm and the hub's client have many of their own
+            raise ValueError(f'{config.vision_encoder} cannot be loaded ({str(error).splitlines()[0]}): a name like '
+                             'ViT-L-14-quickgelu/openai is downloaded once, so connect, or name a file of its weights, '
+                             '--vision_encoder=ViT-L-14-quickgelu/FILE.safetensors') from error
+        trunk = getattr(self.tower, 'trunk', self.tower)  # open_clip wraps timm's towers
+        if config.vision_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
+            raise ValueError(f'{config.vision_encoder} has no class token: leave vision_cls out')
+        if not config.image_size:
+            config.image_size, config.image_mean, config.image_std = seen
+        self.eval()
+        with torch.no_grad():  # one look at nothing tells the grid and the width of any tower, Transformer or not
+            _, self.width, self.side, _ = self.look(torch.zeros(1, 3, config.image_size, config.image_size))[0].shape
+        config.patch_height = config.patch_width = config.image_size // self.side
+        grid = preprocess(Image.new('RGB', (8, 8)), config)[1][int(config.vision_cls):]
+        place = torch.where(grid[:, 0] < 0, 10**9, grid[:, 0] * self.side + grid[:, 1])
+        # where in the order of `preprocess`, which is cell by cell, the patches stand that the tower wants row by row
+        self.register_buffer('order', place.argsort()[:self.side ** 2] + int(config.vision_cls), persistent=False)
+
+    def look(self, x):
+        """Pixels (N, 3, S, S), normalised, to the chosen layer's features (N, C, rows, cols) and the class token or None."""
+        last = self.config.vision_layer == -1
+        kinds = dict(indices=[self.config.vision_layer], output_fmt='NCHW', intermediates_only=True, stop_early=True)
+        cls = self.config.vision_cls
+        if hasattr(self.tower, 'preprocess_cfg'):  # open_clip's
+            out = self.tower.forward_intermediates(x, normalize_intermediates=last, output_extra_tokens=cls, **kinds)
+            x, prefix = out['image_intermediates'][0], out.get('image_intermediates_prefix', [None])[0]
+        else:
+            x = self.tower.forward_intermediates(x, norm=last, **kinds, **({'return_prefix_tokens': True} if cls else {}))[0]
+            x, prefix = x if cls else (x, None)
+        return x, prefix
+
+    def forward(self, patches, grid):
+        config, side, p = self.config, self.side, self.config.patch_width
+        N, L, _ = patches.shape
+        x = patches[:, self.order].view(N, side, side, p, p, 3).permute(0, 5, 1, 3, 2, 4)  # (N, 3, side, p, side, p)
+        x = x.reshape(N, 3, side * p, side * p).float() / 255
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (config.image_mean, config.image_std))
+        rim = config.image_size - side * p  # pixels behind the last whole patch, which no patch looks at
+        x, prefix = self.look(F.pad((x - mean) / std, (0, rim, 0, rim)))
+        out = x.new_zeros(N, L, self.width)
+        out[:, self.order] = x.flatten(2).transpose(1, 2)                                # (N, L, C)
+        if prefix is not None:
+            out[:, 0] = prefix[:, 0]
+        return out
+
+    def train(self, mode=True):
+        """Frozen, it stays in eval mode, whatever is called on the model around it."""
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+
+def open_tower(name, load):
+    """The named image tower, and its (image size, mean, std). Without `load` its weights are random, nothing is read."""
+    if name.startswith('timm/'):
+        import timm
+        model, _, path = name[5:].partition('/')
+        if not timm.is_model(model):
+            raise ValueError(f'{name} is not a model of timm{nearest(model.partition(".")[0], timm.list_models())}')
+        tower = timm.create_model(model, pretrained=load, num_classes=0,
+                                  pretrained_cfg_overlay=dict(file=local(path)) if path else None)
+        data = timm.data.resolve_model_data_config(tower)
+        return tower, (data['input_size'][-1], data['mean'], data['std'])
+    import open_clip  # takes some seconds
+    if name.startswith(('hf-hub:', 'local-dir:')):
+        tower = open_clip.create_model(name, load_weights=load, require_pretrained=load).visual
+    else:
+        model, _, tag = name.partition('/')
+        wants, known = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
+        if wants is None:
+            raise ValueError(f'{name} is not a model of open_clip{nearest(model, open_clip.list_models())}')
+        if not known:  # a file; its configuration is beside it if it came from the hub
+            beside = os.path.join(os.path.dirname(local(tag)), 'open_clip_config.json')
+            if os.path.isfile(beside):
+                with open(beside, encoding='utf-8') as f:
+                    published = json.load(f)
+                known = {**published.get('preprocess_cfg', {}), 'quick_gelu': published['model_cfg'].get('quick_gelu', False)}
+        if known and known.get('quick_gelu', False) != wants.get('quick_gelu', False):
+            other = model.replace('-quickgelu', '') if wants.get('quick_gelu') else f'{model}-quickgelu'
+            raise ValueError(f'{name} would run with another activation than its weights were trained with: take {other}/{tag}')
+        # the text tower comes along, and is forgotten on leaving this line
+        colours = {key: known[key] for key in ('mean', 'std') if known and key in known}
+        tower = open_clip.create_model(model, pretrained=tag if load else None, pretrained_text=False, require_pretrained=load,
+                                       force_preprocess_cfg=colours).visual
+    seen = tower.preprocess_cfg
+    size = seen['size'] if isinstance(seen['size'], int) else seen['size'][0]
+    return tower, (size, tuple(seen['mean']), tuple(seen['std']))
+
+
+def nearest(word, words):
+    near = difflib.get_close_matches(word, words, n=3)
+    return f': did you mean {" or ".join(near)}?' if near else ''
+
+
+def local(path):
+    """The path, if there is such a file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f'{path!r} is neither a tag of its weights nor a file')
+    return path
+
+
+def fingerprint(tensors):
+    """16 hex digits that tell one set of named tensors from another; a checkpoint that leaves them out names them by it."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
 
 # -----------------------------------------------------------------------------
 # the connector
 
+def pool(x, grid, k):
+    """Features (N, L, C) to the mean of each cell of k x k patches (N, L / k^2, C), and which cells hold any, bool."""
+    N, L, C = x.shape
+    valid = (grid[..., 0] >= 0).view(N, L // k**2, k**2, 1)                              # (N, L', k*k, 1)
+    # a cell at the border of a picture holds fewer patches: its mean is over those
+    mean = (x.view(N, L // k**2, k**2, C) * valid).sum(2) / valid.sum(2).clamp(min=1)    # (N, L', C)
+    return mean, valid.any(2).squeeze(-1)
+
+
 class Connector(nn.Module):
     """
-    Features (N, L, C) to embeddings (N, L', n_embd) and which of them are real, bool (N, L').
+    Features (N, L, C) to embeddings (N, L, n_embd).
 
     linear  one matrix: LLaVA's first
     mlp     Linear, GELU, Linear: LLaVA-1.5's mlp2x_gelu
-    pool    the mean over each cell of k x k patches, then mlp: L' = L / k^2
+    pool    the same mlp, on what `pool` has left
     """
 
     def __init__(self, config, width):
         super().__init__()
         if config.connector not in ('linear', 'mlp', 'pool'):
             raise ValueError(f'connector must be linear, mlp or pool, got {config.connector!r}')
-        self.group = cell_size(config) ** 2
         out = nn.Linear(width if config.connector == 'linear' else config.n_embd, config.n_embd)
         self.net = nn.Sequential(out) if config.connector == 'linear' else nn.Sequential(
             nn.Linear(width, config.n_embd), nn.GELU(), out)
 
-    def forward(self, x, grid):
-        N, L, C = x.shape
-        valid = (grid[..., 0] >= 0).view(N, L // self.group, self.group, 1)              # (N, L', k*k, 1)
-        x = x.view(N, L // self.group, self.group, C)
-        # a cell at the border of a picture holds fewer patches: its mean is over those
-        x = (x * valid).sum(2) / valid.sum(2).clamp(min=1)                               # (N, L', C)
-        return self.net(x), valid.any(2).squeeze(-1)
+    def forward(self, x):
+        return self.net(x)
 
 
 class Vision(nn.Module):
-    """Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd) and their validity (N, L')."""
+    """
+    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd) and their validity (N, L'). In the place
+    of patches there may be the pooled features of a frozen tower, stored before: the tower then has nothing to do.
+    `load` reads a tower's weights; if they come from a checkpoint there is no need to.
+    """
 
-    def __init__(self, config):
+    def __init__(self, config, load=True):
         super().__init__()
-        if config.vision_encoder not in ENCODERS:
-            raise ValueError(f'vision_encoder must be one of {", ".join(ENCODERS)}, got {config.vision_encoder!r}')
-        self.encoder = ENCODERS[config.vision_encoder](config)
+        if config.vision_encoder != 'vit' and not is_tower(config):
+            raise ValueError('vision_encoder must be vit, a tower of open_clip like ViT-L-14-quickgelu/openai, or one of '
+                             f'timm like timm/vit_small_patch14_dinov2.lvd142m, got {config.vision_encoder!r}')
+        self.config = config
+        self.encoder = Tower(config, load) if is_tower(config) else ViT(config)
         self.connector = Connector(config, self.encoder.width)
+        if is_tower(config) and load:
+            found = fingerprint(self.encoder.state_dict())
+            if config.vision_fingerprint not in ('', found):
+                raise ValueError(f'{config.vision_encoder}: these are not the weights that the model was trained with '
+                                 f'(fingerprint {found}, expected {config.vision_fingerprint})')
+            config.vision_fingerprint = found
+
+    def features(self, patches, grid):
+        """What the connector gets: (N, L', C), and which of it is real."""
+        return pool(self.encoder(patches, grid), grid, cell_size(self.config))
 
     def forward(self, patches, grid):
-        return self.connector(self.encoder(patches, grid), grid)
+        if patches.is_floating_point():
+            x, valid = patches.to(self.connector.net[0].weight.dtype), grid[..., 0] >= 0
+        else:
+            x, valid = self.features(patches, grid)
+        return self.connector(x), valid
+
+    @torch.no_grad()
+    def match_rms(self, rms):
+        """
+        Scales the connector's last layer so that image tokens enter a trained GPT as large as its token embeddings, RMS
+        `rms`, measured on a seeded picture of soft blots. A GPT is deaf to what is much smaller, and far too large
+        a vector at the start drowns the words around it.
+        """
+        blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(blots).resize((224, 224), Image.Resampling.BICUBIC)
+        emb, valid = self(*collate([preprocess(image, self.config)], self.config))
+        last = self.connector.net[-1]
+        scale = rms / emb[valid].square().mean().sqrt()
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)

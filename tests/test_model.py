@@ -20,7 +20,7 @@ def row(*items):
     """Ids of a row; a picture stands for as many <image> ids as it makes tokens."""
     ids = []
     for item in items:
-        ids += [item] if isinstance(item, int) else [256] * vision.num_tokens(item[1], tiny_config())
+        ids += [item] if isinstance(item, int) else [256] * vision.num_tokens(item, tiny_config())
     return ids
 
 
@@ -97,7 +97,7 @@ def test_padding_of_rows_and_of_images_changes_nothing(tiny_model):
 def test_an_image_takes_one_position_and_text_counts_on_behind_it(tiny_model):
     a, b = picture(1), picture(2)
     _, pos = tiny_model.embed(pad([row(5, a, b, 7, 8), row(5, 6)]), vision.collate([a, b], tiny_model.config))
-    n = vision.num_tokens(a[1], tiny_model.config)
+    n = vision.num_tokens(a, tiny_model.config)
     assert pos[0].tolist() == [0] + [1] * n + [2] * n + [3, 4]
     assert pos[1, :2].tolist() == [0, 1] and pos[1].max() == 1  # padding takes no position
 

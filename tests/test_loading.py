@@ -1,0 +1,289 @@
+"""What must stay true when a model is loaded that others have trained: nothing of it is lost, nothing is let through."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from conftest import make_model, read_log, refused, tiny_config, train
+from safetensors.torch import load_file, save_file
+
+from model import GPT, GPTConfig, load_checkpoint
+from prepare_data import open_rows
+
+
+def nanogpt(path, vocab_size=103, prefix='_orig_mod.', bias=False, **changes):
+    """A checkpoint as nanoGPT's train.py leaves it. Returns the model in it."""
+    args = dict(n_layer=2, n_head=2, n_embd=32, block_size=48, bias=bias, vocab_size=vocab_size, dropout=0.0)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**args)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    state = {prefix + name: p for name, p in model.state_dict().items()}
+    torch.save({'model': {**state, **changes}, 'optimizer': {}, 'model_args': args, 'iter_num': 100,
+                'best_val_loss': torch.tensor(1.5), 'config': {'dataset': 'shakespeare_char'}}, path)
+    return model
+
+
+def meta(path):
+    """nanoGPT's meta.pkl of an alphabet of 103 characters, all that the Python reference needs among them."""
+    text = ''.join(row['text'] for part in ('train', 'val') for row in open_rows('pydoc', part))
+    alphabet = sorted(set(text))
+    alphabet += [chr(0x4e00 + i) for i in range(103 - len(alphabet))]
+    assert len(alphabet) == 103
+    path.write_bytes(pickle.dumps({'vocab_size': 103, 'itos': dict(enumerate(alphabet)),
+                                   'stoi': {c: i for i, c in enumerate(alphabet)}}))
+    return path
+
+
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'])
+@pytest.mark.parametrize('bias', [False, True])
+def test_a_nanogpt_checkpoint_gives_the_same_logits_bit_by_bit_and_gains_eyes(tmp_path, prefix, bias):
+    source = nanogpt(tmp_path / 'ckpt.pt', prefix=prefix, bias=bias)
+    eyes = {k: v for k, v in vars(tiny_config()).items() if 'vision' in k or 'patch' in k or k == 'max_image_tokens'}
+    model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', **eyes, vocab_size=128, image_token=103, block_size=64).eval()
+    idx = torch.randint(0, 103, (3, 40), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(idx, idx)[0][..., :103], source(idx, idx)[0])
+    assert 'grown    transformer.wte       1 tensors      0.00M  103 -> 128 rows' in model.changes
+    assert '48 -> 64 rows' in model.changes and 'new      vision.encoder' in model.changes
+    assert not any(line.startswith('new') and 'vision.' not in line for line in model.changes.splitlines())
+
+
+def test_block_size_shrinks_and_grows_by_rows(tmp_path):
+    source = nanogpt(tmp_path / 'ckpt.pt').transformer.wpe.weight
+    assert torch.equal(GPT.from_checkpoint(tmp_path / 'ckpt.pt', block_size=20).transformer.wpe.weight, source[:20])
+    assert torch.equal(GPT.from_checkpoint(tmp_path / 'ckpt.pt', block_size=60).transformer.wpe.weight[:48], source)
+
+
+def test_new_tokens_are_hardly_ever_predicted(tmp_path):
+    source = nanogpt(tmp_path / 'ckpt.pt')
+    model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', vocab_size=128).eval()
+    idx = torch.randint(0, 103, (3, 40), generator=torch.Generator().manual_seed(0))
+    best, new = source(idx, idx)[0].softmax(-1).max(), model(idx, idx)[0].softmax(-1)[..., 103:]
+    assert new.max() < best / 2
+    twice = GPT.from_checkpoint(tmp_path / 'ckpt.pt', vocab_size=128)
+    assert torch.equal(twice.transformer.wte.weight, model.transformer.wte.weight)  # the same whenever it is loaded
+
+
+@pytest.mark.parametrize('change, words', [
+    ({'_orig_mod.transformer.h.0.mlp.c_fc.weight': torch.zeros(3, 3)}, ['c_fc.weight is (3, 3), not (128, 32)']),
+    ({'_orig_mod.transformer.h.0.mlp.extra': torch.zeros(1)}, ['unexpected transformer.h.0.mlp.extra']),
+    ({'_orig_mod.lm_head.weight': torch.zeros(103, 32)}, ['lm_head.weight is not tied'])])
+def test_whatever_does_not_fit_is_listed(tmp_path, change, words):
+    nanogpt(tmp_path / 'ckpt.pt', **change)
+    with pytest.raises(ValueError) as error:
+        GPT.from_checkpoint(tmp_path / 'ckpt.pt')
+    assert all(word in str(error.value) for word in words)
+
+
+def test_missing_tensors_are_listed_all_of_them(tmp_path):
+    nanogpt(tmp_path / 'ckpt.pt')
+    checkpoint = load_checkpoint(tmp_path / 'ckpt.pt')
+    del checkpoint['model']['_orig_mod.transformer.ln_f.weight'], checkpoint['model']['_orig_mod.transformer.h.1.ln_1.weight']
+    with pytest.raises(ValueError, match='missing transformer.h.1.ln_1.weight; missing transformer.ln_f.weight'):
+        GPT.from_state(checkpoint, 'x')
+    with pytest.raises(ValueError, match='a vocabulary does not shrink'):
+        GPT.from_checkpoint(tmp_path / 'ckpt.pt', vocab_size=64)
+
+
+def test_half_of_the_eyes_missing_is_not_a_blind_model():
+    state = make_model().state_dict()
+    del state['vision.connector.net.0.weight']
+    with pytest.raises(ValueError, match='missing vision.connector.net.0.weight'):
+        GPT.from_state({'model': state, 'model_args': vars(tiny_config())}, 'x')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2 as Hugging Face writes it
+
+SHAPE = dict(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=211)
+
+
+@pytest.fixture(scope='session')
+def gpt2(tmp_path_factory):
+    """A folder as on the hub, with random weights, and Hugging Face's own model of it."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3).add_(0.01 * torch.randn_like(p))
+    folder = tmp_path_factory.mktemp('gpt2')
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def copy_of(folder, to, change=lambda tensors: tensors, **config):
+    to.mkdir(exist_ok=True)
+    save_file(change(load_file(folder / 'model.safetensors')), to / 'model.safetensors')
+    (to / 'config.json').write_text(json.dumps({**json.loads((folder / 'config.json').read_text()), **config}))
+    return to
+
+
+def upstream(tensors):
+    """As openai-community/gpt2 has it: no prefix, and the causal masks as tensors."""
+    tensors = {k.removeprefix('transformer.'): v for k, v in tensors.items()}
+    return {**tensors, **{f'h.{i}.attn.bias': torch.ones(1, 1, 64, 64) for i in range(2)}}
+
+
+VARIANTS = {'as written': lambda t: t, 'upstream': upstream,
+            'fine-tuned': lambda t: {**t, **{f'transformer.h.{i}.attn.masked_bias': torch.tensor(-1e4) for i in range(2)}},
+            'with a head': lambda t: {**t, 'lm_head.weight': t['transformer.wte.weight'].clone()},
+            'compiled': lambda t: {f'_orig_mod.{k}': v for k, v in t.items()},
+            'ddp': lambda t: {f'module.{k}': v for k, v in t.items()}}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_gpt2_logits_are_hugging_faces(gpt2, tmp_path, variant):
+    folder, theirs = gpt2
+    ours = GPT.from_pretrained(str(copy_of(folder, tmp_path / 'x', VARIANTS[variant]))).eval()
+    idx = torch.randint(0, 211, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert (ours(idx, idx)[0] - expected).abs().max() < 1e-4 and expected.std() > 0.1
+
+
+def test_gpt2_that_is_not_what_it_should_be_is_refused(gpt2, tmp_path):
+    folder, _ = gpt2
+    x = tmp_path / 'x'
+
+    def message():
+        with pytest.raises(ValueError) as error:
+            GPT.from_pretrained(str(x))
+        return str(error.value)
+
+    copy_of(folder, x, lambda t: {k.replace('ln_f', 'final_norm'): v for k, v in t.items()})
+    assert 'unexpected transformer.final_norm.weight' in message() and 'missing transformer.ln_f.weight' in message()
+    copy_of(folder, x, n_embd=64)
+    assert 'transformer.wte.weight is (211, 32), not (211, 64)' in message()
+    copy_of(folder, x, n_layer=3)
+    assert 'missing transformer.h.2.ln_1.weight' in message()
+    copy_of(folder, x, model_type='llama')
+    assert "its model_type is 'llama', not 'gpt2'" in message()
+    copy_of(folder, x, activation_function='relu')
+    assert "activation_function is 'relu'" in message()
+    copy_of(folder, x)
+    data = (x / 'model.safetensors').read_bytes()
+    (x / 'model.safetensors').write_bytes(data[:len(data) // 2])
+    assert 'may have been cut off' in message()
+    (x / 'model.safetensors').unlink()
+    assert 'model.safetensors is not there' in message()
+    (x / 'config.json').write_text('{"model_type":')
+    assert 'may have been cut off' in message()
+
+
+def test_gpt2_by_name_without_a_network_says_what_to_do(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def offline(repository, file):
+        assert repository == 'openai-community/gpt2-medium'
+        raise huggingface_hub.errors.LocalEntryNotFoundError('offline')
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', offline)
+    process = train(tmp_path, '--init_from=gpt2-medium')
+    refused(process, 'gpt2-medium is not in the cache', '--init_from=FOLDER')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in a run
+
+@pytest.mark.parametrize('prefix, vocab_size', [('_orig_mod.', 103), ('', 50304)])
+def test_a_nanogpt_checkpoint_trains_on_pictures_and_its_text_loss_is_watched(tmp_path, prefix, vocab_size):
+    if vocab_size == 103:
+        tokenizer = meta(tmp_path / 'meta.pkl')
+    else:
+        try:
+            tokenizer = 'gpt2'
+            __import__('prepare_data').get_tokenizer('gpt2')
+        except ValueError:
+            pytest.skip("GPT-2's BPE is not in tiktoken's cache")
+    nanogpt(tmp_path / 'ckpt.pt', vocab_size, prefix)
+    process = train(tmp_path / 'out', f'--init_from={tmp_path}/ckpt.pt', f'--tokenizer={tokenizer}')
+    assert process.returncode == 0, process.stderr
+    rows = {103: '103 -> 128 rows'}.get(vocab_size, '')  # 50304 have 47 spare rows
+    assert rows in process.stderr and ('wte' in process.stderr) and 'new      vision.connector' in process.stderr
+    assert ('grown    transformer.wte' in process.stderr) == (vocab_size == 103)
+    evals = [r['eval'] for r in read_log(tmp_path / 'out') if 'eval' in r]
+    assert all('text_loss' in e for e in evals) and evals[0]['text_loss'] != evals[-1]['text_loss']
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
+    nanogpt(tmp_path / 'ckpt.pt', 50304)
+    refused(train(tmp_path / 'out', f'--init_from={tmp_path}/ckpt.pt'), 'not trained with the tokenizer bytes')
+    nanogpt(tmp_path / 'ckpt.pt', 103)
+    refused(train(tmp_path / 'out', f'--init_from={tmp_path}/ckpt.pt'), 'not trained with the tokenizer bytes')
+
+
+def test_other_eyes_than_a_checkpoint_has_are_refused_and_its_own_are_kept(run_dir, tmp_path):
+    refused(train(tmp_path, f'--init_from={run_dir}/ckpt.pt', '--vision_encoder=ViT-B-32-quickgelu/openai'), 'already has eyes')
+    process = train(tmp_path, f'--init_from={run_dir}/ckpt.pt', '--connector=mlp', '--n_layer=5')
+    assert process.returncode == 0 and "as in the checkpoint: n_layer 2, connector 'linear'" in process.stderr, process.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+LORA = ['--lora_rank=4', '--lora_alpha=8', '--optimizer=adamw']
+
+
+def test_lora_starts_as_the_model_was_and_merges_into_what_it_became(tmp_path):
+    source = nanogpt(tmp_path / 'ckpt.pt')
+    model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', lora_rank=4, lora_alpha=8.0).eval()
+    idx = torch.randint(0, 103, (3, 40), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(idx, idx)[0], source(idx, idx)[0])
+    assert model.base['init_from'] == tmp_path / 'ckpt.pt' and 'new      LoRA' in model.changes
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if '.lora_b' in name:
+                p.normal_(std=0.1)
+    before = model(idx, idx)[0]
+    assert (before - source(idx, idx)[0]).abs().max() > 0.1
+    model.merge_lora()
+    torch.testing.assert_close(model(idx, idx)[0], before, atol=1e-4, rtol=1e-4)
+    assert model.state_dict().keys() == source.state_dict().keys() and model.config.lora_rank == 0
+
+
+def test_lora_trains_its_updates_alone(tmp_path):
+    nanogpt(tmp_path / 'ckpt.pt')
+    model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', lora_rank=4)
+    optimizers = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', optimizer='muon')
+    trained = {id(p) for o in optimizers for g in o.param_groups for p in g['params']}
+    assert trained == {id(p) for n, p in model.named_parameters() if '.lora_' in n} and len(optimizers) == 1
+    assert len(trained) == 2 * 2 * 4  # two of each of the four Linears of the two blocks
+    idx = torch.randint(0, 103, (3, 40))
+    model(idx, idx)[1].backward()
+    assert all((p.grad is not None) == (id(p) in trained) for p in model.parameters())
+
+
+def test_a_lora_run_saves_little_resumes_exactly_and_needs_the_model_it_adapts(run_dir, tmp_path):
+    start = [f'--init_from={run_dir}/ckpt.pt', *LORA]
+    assert train(tmp_path / 'a', *start, '--max_iters=6').returncode == 0
+    process = train(tmp_path / 'b', *start, '--max_iters=6', '--eval_interval=3', '--lr_decay_iters=6')
+    assert process.returncode == 0, process.stderr
+    state = load_checkpoint(tmp_path / 'a' / 'ckpt.pt')
+    assert all('.lora_' in name or name.startswith('vision.') for name in state['model'])
+    assert state['base']['init_from'] == f'{run_dir}/ckpt.pt'
+    # the rest of the model is where it was
+    model, base = GPT.from_checkpoint(tmp_path / 'a' / 'ckpt.pt'), load_checkpoint(run_dir / 'ckpt.pt')['model']
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, base['transformer.h.0.mlp.c_fc.weight'])
+    # stopped after 4 of 6 steps, and gone on with
+    assert train(tmp_path / 'c', *start, '--max_iters=4', '--lr_decay_iters=6').returncode == 0
+    process = train(tmp_path / 'c', '--init_from=resume', *LORA, '--max_iters=6', '--lr_decay_iters=6')
+    assert process.returncode == 0, process.stderr
+    assert train(tmp_path / 'd', *start, '--max_iters=6', '--lr_decay_iters=6').returncode == 0
+    c, d = (load_checkpoint(tmp_path / x / 'ckpt.pt')['model'] for x in 'cd')
+    assert c.keys() == d.keys() and all(torch.equal(c[k], d[k]) for k in c)
+    # another rank, and merging
+    refused(train(tmp_path / 'e', f'--init_from={tmp_path}/a/ckpt.pt', '--lora_rank=2'), 'LoRA updates of rank 4')
+    process = train(tmp_path / 'e', f'--init_from={tmp_path}/a/ckpt.pt', '--max_iters=2')
+    assert process.returncode == 0 and not any('.lora_' in k for k in load_checkpoint(tmp_path / 'e' / 'ckpt.pt')['model'])
+    # the model it adapts has become another one
+    other = tmp_path / 'base.pt'
+    checkpoint = load_checkpoint(run_dir / 'ckpt.pt')
+    checkpoint['model']['transformer.ln_f.weight'] += 1
+    torch.save(checkpoint, other)
+    state['base']['init_from'] = str(other)
+    with pytest.raises(ValueError, match='what is there now are other weights'):
+        GPT.from_state(state, 'x')
+    refused(train(tmp_path / 'f', *LORA), 'lora_rank adapts a model')
