@@ -457,7 +457,7 @@ class GPT(nn.Module):
             config.lora_rank = args['lora_rank']
         has_tower = any(name.startswith('vision.encoder.') for name in state)
         model = cls(config, load_tower=not has_tower)
-        model.load_weights(state, source)
+        model.load_weights(state, args, source)
         model.base = base
         if has_lora and not wanted:
             model.merge_lora()
@@ -466,9 +466,9 @@ class GPT(nn.Module):
         return model
 
     @torch.no_grad()
-    def load_weights(self, state, source):
+    def load_weights(self, state, args, source):
         """
-        strict=False, made safe. Every tensor of the model must be in `state` and every one of `state` in the model, in its
+        strict=False, made safe, for the tensors `state` of a model with the arguments `args`. Every tensor of the model must be in `state` and every one of `state` in the model, in its
         shape, but for what a text model cannot have: eyes, LoRA's updates, and further rows of wte and wpe. The old
         rows stay as they are, so what the model says about text does not change by a bit. self.changes becomes the table
         of what was loaded, grown and new. Raises ValueError with the list of all that is missing, unexpected or misshapen.
@@ -489,11 +489,10 @@ class GPT(nn.Module):
                 group = 'LoRA' if '.lora_' in name else group
             else:
                 old, kind = state[name], 'loaded'
-                if name in ('transformer.wte.weight', 'transformer.wpe.weight', 'lm_head.weight') and \
-                        old.shape != p.shape and old.shape[1:] == p.shape[1:]:
+                if name in TABLES and old.shape == (args[TABLES[name]], p.shape[1]) and len(old) != len(p):
                     kind, note = 'grown' if len(old) < len(p) else 'cropped', f'{len(old)} -> {len(p)} rows'
-                    old = grown(old, len(p)) if len(old) < len(p) else old[:len(p)]
-                    if kind == 'cropped' and name != 'transformer.wpe.weight':
+                    old = resized(old, len(p))
+                    if kind == 'cropped' and TABLES[name] == 'vocab_size':
                         wrong.append(f'{name} has {note}: a vocabulary does not shrink')
                 if old.shape != p.shape:
                     wrong.append(f'{name} is {tuple(old.shape)}, not {tuple(p.shape)}')
@@ -525,13 +524,17 @@ class GPT(nn.Module):
                 and (not self.base or name.startswith('vision.') or '.lora_' in name)}
 
 
-def grown(old, rows):
+TABLES = {'transformer.wte.weight': 'vocab_size', 'lm_head.weight': 'vocab_size', 'transformer.wpe.weight': 'block_size'}
+
+
+def resized(table, rows):
     """
-    The rows of a table, and new ones behind them: the mean of the old ones with a little noise, always the same. A new
-    token is then as likely as an average one, which is hardly at all (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    The first rows of a table; or all, and new ones behind them: the mean of the old ones with a little noise, always the
+    same. A new token is then as likely as an average one, which is hardly at all
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
-    noise = torch.randn(rows - len(old), old.shape[1], generator=torch.Generator().manual_seed(0))
-    return torch.cat([old, old.mean(0) + 0.02 * noise])
+    noise = torch.randn(max(0, rows - len(table)), table.shape[1], generator=torch.Generator().manual_seed(0))
+    return torch.cat([table[:rows], table.mean(0) + 0.02 * noise])
 
 
 def draw_token(logits, temperature, top_k=None, top_p=None, generator=None):
@@ -591,6 +594,7 @@ def checkpoint_weights(checkpoint, path):
         _, below, _ = read_weights(base['init_from'])
         if fingerprint(below) != base['fingerprint']:
             raise ValueError(f'{path} adapts {base["init_from"]}, but what is there now are other weights')
+        below |= {name: resized(below[name], args[key]) for name, key in TABLES.items() if name in below}
         state = {**below, **state}
     return args, state, base
 

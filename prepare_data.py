@@ -360,7 +360,7 @@ def load_image(source):
 
 def open_path(path):
     """A file, or a member of a zip that has not been unpacked, as something to read bytes from."""
-    archive, is_zip, member = path.partition('.zip/')
+    archive, is_zip, member = str(path).partition('.zip/')
     if not is_zip or os.path.isdir(f'{archive}.zip'):
         return path
     try:
@@ -679,8 +679,7 @@ def text_command():
                              f'({type(error).__name__}: {str(error).splitlines()[0]})') from error
     folder = os.path.join('data', name or os.path.splitext(os.path.basename(source.rstrip('/')))[0])
     count, most = 0, max_examples or 10000
-    with Parts(folder) as parts:
-        bar = tqdm(total=most, unit='doc')
+    with Parts(folder) as parts, tqdm(total=most, unit='doc') as bar:
         for row in rows:
             if count == most:
                 break
@@ -689,7 +688,6 @@ def text_command():
                 parts.write('val' if count % val_every == val_every - 1 else 'train', {'text': text})
                 count += 1
                 bar.update()
-        bar.close()
 
 
 class Parts:
@@ -782,8 +780,8 @@ def llava_command(command):
         prefix = f'{tops.pop()}/' if len(tops) == 1 else ''
     work = {'command': command, 'source': path, 'size': os.path.getsize(path), 'image_dir': images, 'val_every': val_every,
             'max_examples': max_examples}
-    with Parts(folder, ('train', 'val', 'left_out'), work) as parts, ThreadPoolExecutor(8) as pool:
-        state, bar = parts.state, tqdm(unit='row')
+    with Parts(folder, ('train', 'val', 'left_out'), work) as parts, ThreadPoolExecutor(8) as pool, tqdm(unit='row') as bar:
+        state = parts.state
         for first, rows in chunks(json_rows(path, max_examples), 256):
             if first + len(rows) <= state['done']:
                 bar.update(len(rows))
@@ -800,7 +798,6 @@ def llava_command(command):
                 parts.write('val' if held_out else 'train', example)
             parts.checkpoint(first + len(rows))
             bar.update(len(rows))
-        bar.close()
         counts = state['counts']
         for why, count in state.get('whys', {}).items():
             print(f'left out: {count} rows, {why}', file=sys.stderr)
@@ -953,8 +950,7 @@ def features_command():
     with open(file, 'r+b' if done else 'wb') as f, torch.no_grad():
         f.seek(done * length * width * 2)
         f.truncate()
-        bar = tqdm(total=len(paths), initial=done, unit='image')
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(4) as pool, tqdm(total=len(paths), initial=done, unit='image') as bar:
             for i in range(done, len(paths), batch_size):
                 some = list(pool.map(lambda p: vision.preprocess(load_image(p), config), paths[i:i + batch_size]))
                 x, grid = vision.collate(some, config)
@@ -963,7 +959,6 @@ def features_command():
                     raise ValueError(f'a feature is too large for {dtype}: store them with --dtype=bfloat16')
                 f.write(found.contiguous().view(torch.uint8).numpy().tobytes())
                 bar.update(len(some))
-        bar.close()
     os.replace(plan, os.path.join(folder, 'index.json'))
 
 

@@ -315,6 +315,7 @@ def token_sheet(images, tokens, width=720, size=14, height=160):
     pen, left = ImageDraw.Draw(sheet), 8
     for thumbnail in thumbnails:
         sheet.paste(thumbnail, (left, 8))
+        pen.rectangle((left, 8, left + thumbnail.width - 1, 7 + height), outline=(200, 200, 200))
         left += thumbnail.width + 8
     for x, y, wide, text, fill in boxes:
         pen.rectangle((x, top + y, x + wide, top + y + round(1.5 * size)), fill)

@@ -1,13 +1,18 @@
 """
-Speed and memory of the quickstart model on this machine: not a test, a measurement. Medians of several rounds.
+Speed and memory on this machine: not a test, a measurement. Medians of several rounds.
 
-    $ python tests/bench.py                      # the knobs of train.py change what is measured: --batch_size=32
+    $ python tests/bench.py                      # the quickstart's model; the knobs of train.py change it: --batch_size=32
+    $ python tests/bench.py features             # a frozen ViT-B-32 running in every step, and its features stored once
+    $ python tests/bench.py vlm                  # GPT-2 with ViT-B/16 and ViT-L/14: a step's time and memory by batch
+
+Towers have random weights here: they cost what trained ones cost.
 """
 
 import os
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
 import train  # noqa: E402
+import vision  # noqa: E402
 from configurator import configure  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 
 def median_seconds(function, rounds=7):
@@ -39,7 +46,7 @@ def report(what, value, unit):
     print(f'{what:<58}{value:>12,.0f} {unit}')
 
 
-def main():
+def quickstart():
     knobs = SimpleNamespace(**configure(vars(train), ['config/quickstart.py', *sys.argv[1:]]))
     place = train.start_processes(knobs)
     torch.manual_seed(knobs.seed)
@@ -90,5 +97,65 @@ def main():
     report('peak memory of this process', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 'MiB')
 
 
+def step_of(config, idx, targets, images):
+    """A training step of a GPT with a frozen tower: everything but the tower learns."""
+    model = GPT(config, load_tower=False)
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu', vision_lr=0)[0]
+
+    def step():
+        model(idx, targets, images(model))[1].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def sequences(batch, image_tokens, text_tokens, vocab_size):
+    """idx and targets of one image and some text each."""
+    text = torch.randint(0, vocab_size, (batch, text_tokens), generator=torch.Generator().manual_seed(0))
+    idx = torch.cat([torch.full((batch, image_tokens), vocab_size), text], 1)
+    return idx, torch.where(idx == vocab_size, -1, idx)
+
+
+def features():
+    """A frozen ViT-B-32 under the quickstart's GPT, 32 images a step: from pixels, and from stored features."""
+    config = GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=256, vocab_size=320, bias=False, image_token=256,
+                       vision_encoder='ViT-B-32/', connector='mlp')
+    batch = 32
+    idx, targets = sequences(batch, 49, 64, 256)
+    pixels = torch.randint(0, 256, (batch, 49, 32 * 32 * 3), dtype=torch.uint8)
+    grid = torch.zeros(batch, 49, 2, dtype=torch.int64)
+    stored = torch.randn(batch, 49, 768).half()
+    seconds = [median_seconds(step_of(config, idx, targets, lambda model, x=x: (x, grid))) for x in (pixels, stored)]
+    for name, s in zip(('the tower in every step', 'its features from the store'), seconds):
+        report(name, batch / s, 'examples/s')
+    report('    times as fast', 100 * seconds[0] / seconds[1], '%')
+
+
+def vlm():
+    """One row for each encoder and batch, each in a process of its own: memory does not come back otherwise."""
+    print(f'{"GPT-2 and":<24}{"batch":>6}{"s a step":>10}{"GiB at most":>13}')
+    for name in ('ViT-B-16-quickgelu', 'ViT-L-14-quickgelu'):
+        for batch in (1, 4, 16):
+            subprocess.run([sys.executable, __file__, 'vlm_row', name, str(batch)], check=True)
+
+
+def vlm_row(name, batch):
+    """A step of config/vlm_sft.py: the picture's tokens and 256 of text, AdamW on the GPT and the connector, float32."""
+    batch = int(batch)
+    config = GPTConfig(image_token=50257, vision_encoder=f'{name}/', connector='mlp', gelu_approximate='tanh')
+    side = vision.Tower(config, load=False).side
+    idx, targets = sequences(batch, side ** 2, 256, 50257)
+    image = prepare_data.Image.effect_noise((400, 300), 100).convert('RGB')
+    images = vision.collate([vision.preprocess(image, config)] * batch, config)
+    seconds = median_seconds(step_of(config, idx, targets, lambda model: images), 3)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f'{name:<24}{batch:>6}{seconds:>10.1f}{memory:>13.1f}', flush=True)
+
+
 if __name__ == '__main__':
-    main()
+    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row}
+    if len(sys.argv) > 1 and sys.argv[1] in modes:
+        modes[sys.argv[1]](*sys.argv[2:])
+    else:
+        quickstart()

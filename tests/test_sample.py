@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import inside, launch, refused, train
 from PIL import Image
+from test_model import pad, picture, row
 
 import sample
+import vision
 from sample import edit_distance, score
 
 
@@ -116,3 +118,53 @@ def test_a_blind_model_says_so(tmp_path, line):
     refused(ask(tmp_path, '--image', line), 'is blind')
     process = ask(tmp_path, '--prompt=The ')
     assert process.returncode == 0 and process.stdout.startswith('The ')
+
+
+def test_logprobs_are_the_models_own(tiny_model):
+    image = picture(1)
+    idx = pad([row(5, image, 7), row(9, 3, 2)])
+    lengths = (idx >= 0).sum(1)
+    images = vision.collate([image], tiny_model.config)
+    out, logprobs = tiny_model.generate(idx, 5, 0, images=images, lengths=lengths, return_logprobs=True)
+    assert torch.equal(out, tiny_model.generate(idx, 5, 0, images=images, lengths=lengths))
+    for b, n in enumerate(lengths):
+        whole = out[b, :n + 5][None]
+        logits = tiny_model(whole, whole, images if b == 0 else None)[0]
+        logits[..., 256] = -float('inf')  # <image> is never drawn
+        expected = logits.log_softmax(-1)[0, n - 1:n + 4].gather(-1, whole[0, n:n + 5, None])[:, 0]
+        torch.testing.assert_close(logprobs[b, n:n + 5], expected, atol=1e-4, rtol=1e-4)
+        assert (logprobs[b, :n] == 0).all()
+
+
+def test_a_doubtful_word_is_marked_whole():
+    encoding = sample.get_tokenizer('bytes')
+    text = 'a red \u00e9cole, yes'
+    ids, p = encoding.encode(text), [-0.01] * len(text.encode())
+    assert sample.mark_doubts(encoding, ids, p) == text
+    p[7] = -0.7  # the second byte of a letter; log 0.5 is -0.69
+    assert sample.mark_doubts(encoding, ids, p) == 'a red [\u00e9cole,?] yes'
+    p[7], p[5] = -0.69, -9  # a space belongs to no word
+    assert sample.mark_doubts(encoding, ids, p) == text
+
+
+def test_logprobs_are_printed_and_do_not_change_the_answer(run_dir, line):
+    plain, marked = (ask(run_dir, '--image', line, *words) for words in ([], ['--logprobs']))
+    assert marked.returncode == 0 and 'mean log-probability of a token: -' in marked.stderr, marked.stderr
+    assert '?]' in marked.stdout and '?]' not in plain.stdout  # after four steps it is sure of nothing
+    assert marked.stdout.replace('[', '').replace('?]', '') == plain.stdout.replace('[', '').replace('?]', '')
+
+
+def test_a_folder_is_captioned_and_what_is_no_image_is_said(run_dir, tmp_path):
+    for i in range(5):
+        Image.effect_noise((60 + i, 20), 80).save(tmp_path / f'{i}.png')
+    (tmp_path / 'notes.txt').write_text('no image')
+    process = ask(run_dir, '--image', tmp_path, '--prompt=What?', '--batch_size=2')
+    assert process.returncode == 0 and 'left out' in process.stderr and 'notes.txt' in process.stderr, process.stderr
+    with open(run_dir / 'captions.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert [r['image'] for r in rows] == [f'{i}.png' for i in range(5)] and all(float(r['logprob']) < 0 for r in rows)
+    alone = ask(run_dir, '--image', tmp_path / '3.png', '--prompt=What?')
+    assert rows[3]['caption'] == alone.stdout.rstrip('\n')
+    assert Image.open(run_dir / 'captions.png').width > 400
+    (tmp_path / 'empty').mkdir()
+    refused(ask(run_dir, '--image', tmp_path / 'empty'), 'no image in')
