@@ -468,10 +468,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def load_weights(self, state, args, source):
         """
-        strict=False, made safe, for the tensors `state` of a model with the arguments `args`. Every tensor of the model must be in `state` and every one of `state` in the model, in its
-        shape, but for what a text model cannot have: eyes, LoRA's updates, and further rows of wte and wpe. The old
-        rows stay as they are, so what the model says about text does not change by a bit. self.changes becomes the table
-        of what was loaded, grown and new. Raises ValueError with the list of all that is missing, unexpected or misshapen.
+        strict=False, made safe, for the tensors `state` of a model with the arguments `args`. Every tensor of this model must
+        be in `state` and every one of `state` in this model, in its shape, but for what a text model cannot have: eyes,
+        LoRA's updates, and further rows of wte and wpe. The old rows stay as they are, so what the model says about text
+        does not change by a bit. self.changes becomes the table of what was loaded, grown and new.
+        Raises ValueError with the list of all that is missing, unexpected or misshapen.
         """
         own, state = self.state_dict(), dict(state)
         blind, plain = not any(n.startswith('vision.') for n in state), not any('.lora_' in n for n in state)
@@ -485,7 +486,8 @@ class GPT(nn.Module):
                 tower = name.startswith('vision.encoder.') and self.config.vision_fingerprint
                 if not (tower or name.startswith('vision.') and blind or '.lora_' in name and plain):
                     wrong.append(f'missing {name}')
-                kind, note = 'new', f'{self.config.vision_encoder}, frozen, with its own weights' if tower else ''
+                kind = 'frozen' if tower and not blind else 'new'
+                note = f'{self.config.vision_encoder} has its own weights' if tower else ''
                 group = 'LoRA' if '.lora_' in name else group
             else:
                 old, kind = state[name], 'loaded'

@@ -1055,7 +1055,7 @@ def some_shapes(rng, n, half=32):
     """n shapes (kind, colour, quarter, x, y, radius), each in a quarter of its own."""
     shapes = []
     for quarter in rng.sample(range(4), n):
-        r = rng.randint(6, 12)
+        r = rng.randint(9, 14)
         x, y = (rng.randint(r + 1, half - r - 1) for _ in range(2))
         shapes.append((rng.choice(SHAPES), rng.choice(list(COLOURS)), QUARTERS[quarter],
                        x + quarter % 2 * half, y + quarter // 2 * half, r))

@@ -1,26 +1,32 @@
-out_dir='/tmp/trial/shapes/out3'
-dataset = "shapes"
-tokenizer='bytes'
-vision_encoder='vit'
-connector='pool'
-patch_height=8
-patch_width=8
-max_image_tokens=16
-vision_n_layer=3
-vision_n_head=4
-vision_n_embd=128
-block_size=384
-n_layer=4
-n_head=4
-n_embd=128
-batch_size=32
-optimizer='muon'
-learning_rate=2e-3
-vision_lr=2e-3
-connector_lr=2e-3
-min_lr=2e-5
-weight_decay=0.01
-warmup_iters=20
-max_iters=1200
-eval_interval=200
-eval_samples=256
+"""
+The path of vlm_sft.py on a laptop: conversations about pictures in LLaVA's format, a small encoder, a small GPT.
+
+    python prepare_data.py shapes
+    python train.py config/vlm_cpu.py
+"""
+out_dir = 'out/vlm_cpu'
+dataset = 'shapes'
+tokenizer = 'bytes'
+vision_encoder = 'vit'
+connector = 'linear'
+patch_height = 16
+patch_width = 16
+max_image_tokens = 16   # of a picture of 64 x 64
+vision_n_layer = 3
+vision_n_head = 4
+vision_n_embd = 128
+block_size = 384
+n_layer = 4
+n_head = 4
+n_embd = 128
+batch_size = 32
+optimizer = 'muon'
+learning_rate = 2e-3
+vision_lr = 2e-3
+connector_lr = 2e-3
+min_lr = 2e-5
+weight_decay = 0.01
+warmup_iters = 20
+max_iters = 1500
+eval_interval = 250
+eval_samples = 250
