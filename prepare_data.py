@@ -427,6 +427,7 @@ def get_tokenizer(name):
         bytes         one token a byte: 256 and the special ones; nothing to download, no text it cannot take
         gpt2          GPT-2's BPE, whose <|endoftext|> (50256) it keeps; tiktoken downloads it once
         .../meta.pkl  the characters of a nanoGPT dataset; other characters are refused
+        .../words.txt each line of the file a word, one token with and one without a space before it; the rest is bytes
 
     Raises ValueError for another name, or when the BPE cannot be downloaded.
     """
@@ -442,8 +443,15 @@ def get_tokenizer(name):
         pattern, ranks, special = gpt2._pat_str, gpt2._mergeable_ranks, dict(gpt2._special_tokens)
     elif name.endswith('.pkl'):
         pattern, ranks = r'(?s:.)', read_meta(name)
+    elif name.endswith('.txt'):
+        if not os.path.isfile(name):
+            raise ValueError(f'no tokenizer at {name}')
+        with open(name, encoding='utf-8') as f:
+            words = [space + word for word in f.read().split() for space in ('', ' ')]
+        tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in words if len(word) > 1]
+        pattern, ranks = r' ?[^\W\d_]+|(?s:.)', {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     else:
-        raise ValueError(f'tokenizer must be bytes, gpt2 or the path of a meta.pkl, got {name!r}')
+        raise ValueError(f'tokenizer must be bytes, gpt2 or the path of a meta.pkl or words.txt, got {name!r}')
     for token in (IMAGE, USER, ASSISTANT, END):
         special.setdefault(token, len(ranks) + len(special))
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -623,7 +631,7 @@ class Batches(torch.utils.data.Dataset):
 name = ''             # the dataset is written to data/NAME; '' takes the source's last part, or the command's name
 source = ''           # text: a dataset of the hub, or a .txt/.jsonl/.parquet file or folder; llava: a local .json of theirs
 subset = ''           # text: the dataset's configuration, such as sample-10BT; llava: another file of the repository
-max_examples = 0      # stop after as many examples; 0: all (of text 10000, of shapes 20000)
+max_examples = 0      # stop after as many examples; 0: all (of text 10000, of shapes 40000)
 val_every = 100       # one example of so many is held out
 image_dir = ''        # llava: the folder or .zip that the images' names are relative to
 dataset = ''          # features, show: the dataset
@@ -1008,47 +1016,57 @@ FACTS = [('How many sides has a triangle?', '3'), ('How many sides has a square?
 
 def shapes_command():
     """
-    data/shapes: PNGs of 64 x 64 pixels with one to four coloured shapes, each at a random place of a quarter of its own and
-    of a random size: questions on colour, kind, number and place, yes or no, and descriptions. Of twenty examples one is
-    without an image and four have two; most are of several turns. A picture that is held out is not in the training set.
+    data/shapes: PNGs of 64 x 64 pixels with one or two coloured shapes, each at a random place of a quarter of its own and
+    of a random size, and conversations on colour, kind, number and place, yes or no. Of twenty examples one is without an
+    image and three have two. A picture that is held out is not in the training set. words.txt lists the words, for
+    --tokenizer=data/shapes/words.txt: with whole words a small GPT learns in minutes what takes it hours with bytes.
     """
-    folder, count = os.path.join('data', name or 'shapes'), max_examples or 20000
+    folder, count = os.path.join('data', name or 'shapes'), max_examples or 40000
     os.makedirs(os.path.join(folder, 'images'), exist_ok=True)
-    seen = set()
+    seen, words = set(), set()
     with Parts(folder) as parts:
         for i in tqdm(range(count), unit='example'):
-            rng, part = random.Random(f'shapes {i}'), 'val' if i * 20 < count else 'train'  # 5 % are held out, drawn first
+            rng, part = random.Random(f'shapes {i}'), 'val' if i * 40 < count else 'train'  # held out is what is drawn first
             while True:
-                pictures, turns = shapes_example(rng)
-                if part == 'val' or not seen & {str(p) for p in pictures}:
+                pictures, turns = shapes_example(rng, part == 'val')
+                if part == 'val' or not seen & {str(sorted(p)) for p in pictures}:
                     break
-            seen |= {str(p) for p in pictures} if part == 'val' else set()
+            seen |= {str(sorted(p)) for p in pictures} if part == 'val' else set()
             paths = [f'images/{i:06d}{"ab"[j]}.png' for j in range(len(pictures))]
             for shapes, path in zip(pictures, paths):
                 draw_shapes(shapes).save(os.path.join(folder, path))
             messages = [{'role': role, 'content': text} for turn in turns for role, text in zip(('user', 'assistant'), turn)]
+            words.update(re.findall('[A-Za-z]+', ' '.join(m['content'] for m in messages)))
             messages[0]['content'] = (IMAGE + '\n') * len(paths) + messages[0]['content']
             parts.write(part, {'messages': messages, **({'image_paths': paths} if paths else {})})
+    with open(os.path.join(folder, 'words.txt'), 'w', encoding='utf-8') as f:
+        f.write('\n'.join(sorted(words)) + '\n')
 
 
-def shapes_example(rng):
-    """(pictures, each a list of shapes; turns, each a question and its answer)."""
+def shapes_example(rng, held_out):
+    """
+    (pictures, each a list of shapes; turns, each a question and its answer). To learn from, many conversations are or end
+    in a description: every word of it has to be looked for, the most that a picture can teach. Of what is held out only
+    the last answer is scored: there a description stands alone, and every question type comes last.
+    """
     kind = rng.random()
     if kind < 0.05:
-        return [], [rng.choice(FACTS)]
-    if kind < 0.8:
-        shapes = some_shapes(rng, rng.choices((1, 2, 3, 4), (4, 3, 2, 2))[0])
-        if kind < 0.3:  # every word of a description has to be looked for: the most that a picture can teach
-            return [shapes], [('Describe the picture.', ', '.join(f'a {colour} {kind} {quarter}' for kind, colour, quarter, *_
-                                                                  in sorted(shapes, key=lambda s: QUARTERS.index(s[2]))))]
-        return [shapes], [shapes_question(shapes, rng) for _ in range(rng.randint(1, 6))]
-    pictures = [some_shapes(rng, n) for n in rng.sample((1, 2, 3, 4), 2)]
-    turns = [('Which picture has more shapes?', 'the first' if len(pictures[0]) > len(pictures[1]) else 'the second')]
-    for _ in range(rng.randint(0, 3)):
+        return [], rng.sample(FACTS, 4)
+    if kind < 0.85:
+        shapes = some_shapes(rng, rng.randint(1, 2))
+        description = 'Describe the picture.', ', '.join(f'a {colour} {kind} {quarter}' for kind, colour, quarter, *_
+                                                         in sorted(shapes, key=lambda shape: QUARTERS.index(shape[2])))
+        if kind < (0.15 if held_out else 0.25):
+            return [shapes], [description]
+        turns = list({shapes_question(shapes, rng): 0 for _ in range(rng.randint(1, 3 if held_out else 5))})  # none twice
+        return [shapes], turns + [description] if kind < 0.45 and not held_out else turns
+    pictures = [some_shapes(rng, n) for n in rng.sample((1, 2), 2)]
+    turns = {('Which picture has more shapes?', 'the first' if len(pictures[0]) > len(pictures[1]) else 'the second'): 0}
+    for _ in range(2):
         which = rng.randrange(2)
         question, answer = shapes_question(pictures[which], rng)
-        turns.append((f'In the {("first", "second")[which]} picture: {question}', answer))
-    return pictures, rng.sample(turns, len(turns))
+        turns[f'In the {("first", "second")[which]} picture: {question}', answer] = 0
+    return pictures, rng.sample(list(turns), len(turns))[:rng.randint(1, 3)]
 
 
 def some_shapes(rng, n, half=32):

@@ -245,7 +245,8 @@ def evaluate(model, encoding, config):
     else:
         examples = held_out_examples(eval, config, 'read')
     rows = examples.rows
-    drawn = 'messages' not in rows[0]  # plain text gives any number of examples, each another picture
+    # plain text gives any number of examples, each another picture
+    drawn = 'messages' not in rows[0] and not rows[0].get('images')
     examples = [examples[i] for i in range(eval_samples if drawn else min(eval_samples, len(rows)))]
     examples = [e for e in examples if is_question(e)]
     if not examples:

@@ -51,7 +51,7 @@ wandb_run_name = ''
 # data
 dataset = 'pydoc'              # pydoc, a file or folder of text, or data/NAME (see prepare_data.py)
 text_dataset = ''              # plain text for text_loss; '' takes the dataset's own, or pydoc if it is of conversations
-tokenizer = 'bytes'            # bytes, gpt2, or the path of a nanoGPT meta.pkl
+tokenizer = 'bytes'            # bytes, gpt2, or the path of a nanoGPT meta.pkl or of a words.txt
 tasks = 'read:1'               # what plain text becomes: read, continue, text, with weights: 'read:0.8 text:0.2'
 loss_on = 'assistant'          # of conversations, learn the assistant's words, or 'all'
 gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
@@ -185,13 +185,13 @@ def adopt_model(config, tokenizer):
         raise ValueError(f'{source} was not trained with the tokenizer {tokenizer.name}: it has {known["vocab_size"]} tokens, '
                          f'the tokenizer {text_ids} and its special ones; name the one it was trained with by --tokenizer')
     changes = {key: getattr(config, key) for key in ('dropout', 'block_size', 'lora_rank', 'lora_alpha', 'lora_dropout')}
-    changes['vocab_size'] = max(known['vocab_size'], -(-tokenizer.n_vocab // 64) * 64
-                                if tokenizer.n_vocab > known['vocab_size'] else 0)
+    if tokenizer.n_vocab > known['vocab_size']:
+        changes['vocab_size'] = -(-tokenizer.n_vocab // 64) * 64
     asked = {key: getattr(config, key) for key in known if hasattr(config, key) and key not in changes}
     if config.vision_encoder and not known['vision_encoder']:
-        # all that is new: its knobs are this run's
-        of_vision = [f.name for f in fields(GPTConfig)][[f.name for f in fields(GPTConfig)].index('vision_encoder'):]
-        changes |= {key: asked.pop(key) for key in of_vision if key in asked} | {'image_token': image_token}
+        names = list(known)  # the eyes are new: what GPTConfig lists from vision_encoder on is as this run says
+        changes |= {key: asked.pop(key) for key in names[names.index('vision_encoder'):] if key in asked}
+        changes['image_token'] = image_token
     elif config.vision_encoder not in ('', known['vision_encoder']):
         raise ValueError(f'{source} already has eyes, {known["vision_encoder"]!r}, and this run asks for '
                          f'{config.vision_encoder!r}: start from a text model, or leave vision_encoder as it is')
@@ -416,11 +416,10 @@ def quiet_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def open_loader(config, tokenizer, model_config, place, iter_num, features=None):
+def open_loader(rows, config, tokenizer, model_config, place, iter_num, features=None):
     """This rank's micro-batches from step iter_num on: of each step's, every world-th."""
     accumulation = config.gradient_accumulation_steps
-    examples = Examples(open_rows(config.dataset, 'train'), config, config.seed,
-                        growing=config.grow_iters * accumulation * config.batch_size)
+    examples = Examples(rows, config, config.seed, growing=config.grow_iters * accumulation * config.batch_size)
     batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on, features)
     order = (step * accumulation + micro for step in range(iter_num, config.max_iters)
              for micro in range(place.rank, accumulation, place.world))
@@ -473,8 +472,8 @@ class Run:
         self.place = place = start_processes(config)
         torch.manual_seed(config.seed)
         tokenizer = get_tokenizer(config.tokenizer)
-        first = open_rows(config.dataset, 'train')[0]  # before the model, which takes longer to find out about
-        self.chat = 'messages' in first or not first.get('images') and 'read' in parse_tasks(config.tasks)
+        rows = open_rows(config.dataset, 'train')  # before the model: a missing dataset shows at once
+        self.chat = 'messages' in rows[0] or not rows[0].get('images') and 'read' in parse_tasks(config.tasks)
         self.raw_model, checkpoint = build_model(config, tokenizer)
         self.raw_model.to(place.device)
         self.optimizers = self.raw_model.configure_optimizers(
@@ -490,7 +489,7 @@ class Run:
         if features and place.rank == 0:
             print(f'the encoder rests: its features come from {features.folder}', file=sys.stderr)
         self.evaluation = Evaluation(config, tokenizer, self.raw_model.config, place, features)
-        self.loader = open_loader(config, tokenizer, self.raw_model.config, place, self.iter_num, features)
+        self.loader = open_loader(rows, config, tokenizer, self.raw_model.config, place, self.iter_num, features)
         self.log = Log(config, place, self.iter_num)
         self.model = torch.compile(self.raw_model) if config.compile else self.raw_model
         if place.ddp:

@@ -336,7 +336,7 @@ def open_tower(name, load):
         wants, known = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
         if wants is None:
             raise ValueError(f'{name} is not a model of open_clip{nearest(model, open_clip.list_models())}')
-        if not known:  # a file; its configuration is beside it if it came from the hub
+        if not known and load:  # a file; its configuration is beside it if it came from the hub
             beside = os.path.join(os.path.dirname(local(tag)), 'open_clip_config.json')
             if os.path.isfile(beside):
                 with open(beside, encoding='utf-8') as f:

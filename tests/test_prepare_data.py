@@ -394,3 +394,68 @@ def test_letters_of_one_size_come_out_in_one_size_whatever_the_line_says():
     heights = {text: vision.frame_line(render.draw(text, 600, 60, size=40)).height
                for text in ('the quick brown fox', 'It has no tail at all', 'a gypsy jumps, (hyphen)')}
     assert max(heights.values()) - min(heights.values()) <= 4, heights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes
+
+def test_words_are_one_token_and_everything_else_comes_back_as_it_was(tmp_path):
+    (tmp_path / 'words.txt').write_text('red\ncircle\na\n')
+    tokenizer = get_tokenizer(str(tmp_path / 'words.txt'))
+    assert len(encode(tokenizer, 'red circle')) == 2
+    text = 'a red<image>circle, redcircle caf\u00e9 \u4e2d\n\t 12'
+    assert tokenizer.decode(encode(tokenizer, text)) == text
+    assert max(encode(tokenizer, text)) < tokenizer.encode_single_token(IMAGE)
+    assert drawable_ids(tokenizer, 320).sum() == 256 + 2 + 3 + 1  # bytes, words, words behind a space, the end
+    with pytest.raises(ValueError, match='no tokenizer at'):
+        get_tokenizer(str(tmp_path / 'none.txt'))
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    """A small set as the command writes it. {split: rows}, and its folder."""
+    folder = tmp_path_factory.mktemp('shapes')
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        process = inside('prepare_data.py', 'shapes', '--max_examples=400')
+        assert process.returncode == 0, process.stderr
+    finally:
+        os.chdir(before)
+    data = folder / 'data' / 'shapes'
+    return {split: JsonLines(str(data / f'{split}.jsonl')) for split in ('train', 'val')}, data
+
+
+def test_shapes_has_every_kind_of_row_and_question(shapes):
+    rows = [row for part in shapes[0].values() for row in (part[i] for i in range(len(part)))]
+    assert len(rows) == 400 and len(shapes[0]['val']) == 20
+    assert {len(row['images']) for row in rows} == {0, 1, 2} and max(len(row['messages']) for row in rows) >= 6
+    questions = ' '.join(m['content'] for row in rows for m in row['messages'][::2])
+    for part in ('What colour', 'What is the', 'Is there', 'How many', 'Where is', 'more shapes', 'In the second picture', 'Describe'):
+        assert part in questions, part
+    answers = [m['content'] for row in rows for m in row['messages'][1::2]]
+    yes, no = answers.count('yes'), answers.count('no')
+    assert 0.3 < yes / (yes + no) < 0.7
+    words = set((shapes[1] / 'words.txt').read_text().split())
+    assert set(re.findall('[A-Za-z]+', questions + ' '.join(answers)) ) - {'image'} <= words
+
+
+def test_a_shapes_answer_is_what_the_picture_shows(shapes):
+    """Descriptions, which name colour and place of everything, agree with the pixels; and no held-out picture is learnt."""
+    checked, train_images = 0, set()
+    for i in range(len(shapes[0]['train'])):
+        row = shapes[0]['train'][i]
+        train_images |= {Image.open(path).tobytes() for path in row['images']}
+        if row['messages'][-2]['content'].endswith('Describe the picture.') and checked < 50:
+            checked += 1
+            picture, found = Image.open(row['images'][0]), []
+            for number, place in enumerate(prepare_data.QUARTERS):
+                left, top = number % 2 * 32, number // 2 * 32
+                colours = picture.crop((left, top, left + 32, top + 32)).getcolors()
+                names = [name for name, rgb in prepare_data.COLOURS.items() if rgb in {c for _, c in colours}]
+                found += [f'{name} {place}' for name in names]
+            described = row['messages'][-1]['content']
+            assert found == [re.sub('^a | (circle|square|triangle|cross)', '', d) for d in described.split(', ')]
+    assert checked == 50
+    for i in range(20):
+        assert not {Image.open(path).tobytes() for path in shapes[0]['val'][i]['images']} & train_images
