@@ -131,9 +131,10 @@ def reference(example):
 
 
 def answer_sheet(examples, predictions):
-    """Contact sheet of the examples with images: what the model answered, green if right, red with the truth below."""
+    """Contact sheet of the examples with images: the question, and the answer; green if right, red with the truth below."""
     rows = [(e, p) for e, p in zip(examples, predictions) if e.get('images')]
-    captions = [p if p == reference(e) else f'{p}\n({reference(e)})' for e, p in rows]
+    asked = [e['messages'][-2]['content'].replace(IMAGE, '').strip() if len(e.get('messages', [])) > 1 else '' for e, _ in rows]
+    captions = [f'{q}\n{p}'.strip() + (f'\n({reference(e)})' if p != reference(e) else '') for q, (e, p) in zip(asked, rows)]
     return render.contact_sheet([load_image(e['images'][0]) for e, _ in rows], captions,
                                 [p == reference(e) for e, p in rows])
 

@@ -1,8 +1,20 @@
 """
-The path of vlm_sft.py on a laptop: conversations about pictures in LLaVA's format, a small encoder, a small GPT.
+The path of vlm_sft.py on a laptop: conversations about pictures in LLaVA's format, with a small encoder and a small GPT.
+Nothing is downloaded: the pictures are drawn.
 
     python prepare_data.py shapes
     python train.py config/vlm_cpu.py
+    python sample.py --out_dir=out/vlm_cpu --image data/shapes/images/000003a.png --prompt "Describe the picture."
+
+Two cores of an Intel Xeon at 2.5 GHz, 2026-11-21: 13 minutes with its five evaluations; 98.5 % of the last answers of 1,000
+held-out conversations are exactly right. Loss a token 0.014, with blank pictures 1.75, with those of others 2.56. Weak spot:
+counting in one of two pictures, 59 %. text_loss says nothing here: this GPT has never read a text.
+
+Any other small set in this format: --dataset=NAME, with --tokenizer=bytes or a words.txt of its own. From a text model:
+--init_from=CKPT --tokenizer=ITS_OWN. What was tried, 2026-11-21, exact answers:
+    bytes for words                        76 % after 1600 steps of 32, 14.5 minutes
+    muon_lr 0.02, learning_rate 2e-3       66 % after 1000 steps of 32: what shape it is was hardly learnt at these rates
+    shapes of half the size                kind not learnt in 300 steps that are enough for these
 """
 out_dir = 'out/vlm_cpu'
 dataset = 'shapes'

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -423,21 +424,21 @@ def shapes(tmp_path_factory):
     finally:
         os.chdir(before)
     data = folder / 'data' / 'shapes'
-    return {split: JsonLines(str(data / f'{split}.jsonl')) for split in ('train', 'val')}, data
+    return {split: prepare_data.JsonLines(str(data / f'{split}.jsonl')) for split in ('train', 'val')}, data
 
 
 def test_shapes_has_every_kind_of_row_and_question(shapes):
     rows = [row for part in shapes[0].values() for row in (part[i] for i in range(len(part)))]
-    assert len(rows) == 400 and len(shapes[0]['val']) == 20
+    assert len(rows) == 400 and len(shapes[0]['val']) == 10
     assert {len(row['images']) for row in rows} == {0, 1, 2} and max(len(row['messages']) for row in rows) >= 6
     questions = ' '.join(m['content'] for row in rows for m in row['messages'][::2])
-    for part in ('What colour', 'What is the', 'Is there', 'How many', 'Where is', 'more shapes', 'In the second picture', 'Describe'):
+    for part in ('What colour', 'What is the', 'Is there', 'How many', 'Where is', 'more shapes', 'In the second', 'Describe'):
         assert part in questions, part
     answers = [m['content'] for row in rows for m in row['messages'][1::2]]
     yes, no = answers.count('yes'), answers.count('no')
     assert 0.3 < yes / (yes + no) < 0.7
     words = set((shapes[1] / 'words.txt').read_text().split())
-    assert set(re.findall('[A-Za-z]+', questions + ' '.join(answers)) ) - {'image'} <= words
+    assert set(re.findall('[A-Za-z]+', questions + ' '.join(answers))) - {'image'} <= words
 
 
 def test_a_shapes_answer_is_what_the_picture_shows(shapes):
@@ -457,5 +458,5 @@ def test_a_shapes_answer_is_what_the_picture_shows(shapes):
             described = row['messages'][-1]['content']
             assert found == [re.sub('^a | (circle|square|triangle|cross)', '', d) for d in described.split(', ')]
     assert checked == 50
-    for i in range(20):
+    for i in range(10):
         assert not {Image.open(path).tobytes() for path in shapes[0]['val'][i]['images']} & train_images
