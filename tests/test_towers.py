@@ -282,7 +282,8 @@ def test_features_refuses(knobs, extra, message):
     refused(inside('prepare_data.py', 'features', *knobs[:3], *extra), message)
 
 
-def test_mixed_batches_of_no_one_and_three_images_are_the_same_in_two_processes(knobs, tmp_path):
+def test_mixed_batches_of_no_one_and_three_images_are_the_same_in_two_processes(knobs, towers, tmp_path):
+    knobs[1] = f'--vision_encoder={towers["timm"]}'  # which processes of their own know by name, too
     more = ['--gradient_accumulation_steps=2', '--batch_size=2']
     one = train(tmp_path / '1', *knobs, *more, '--num_workers=1', processes=1)
     two = train(tmp_path / '2', *knobs, *more, '--num_workers=1', processes=2)
