@@ -136,7 +136,7 @@ def test_an_interrupted_command_goes_on_where_it_was(upstream, monkeypatch):
     assert prepare('--name=parts').returncode == 130
     assert not Path('data/parts/train.jsonl').exists()
     with open('data/parts/train.jsonl.part', 'ab') as f:
-        f.write(b'{"half a row')
+        f.write(b'{"half a row' * 10000)  # and whatever was still in a buffer
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, 'draft', draft)
     process = prepare('--name=parts')
     assert process.returncode == 0 and 'going on behind row 512' in process.stderr, process.stderr

@@ -143,7 +143,9 @@ def test_a_doubtful_word_is_marked_whole():
     assert sample.mark_doubts(encoding, ids, p) == text
     p[7] = -0.7  # the second byte of a letter; log 0.5 is -0.69
     assert sample.mark_doubts(encoding, ids, p) == 'a red [\u00e9cole,?] yes'
-    p[7], p[5] = -0.69, -9  # a space belongs to no word
+    p[7], p[6] = -0.69, -9  # its first
+    assert sample.mark_doubts(encoding, ids, p) == 'a red [\u00e9cole,?] yes'
+    p[6], p[5] = -0.01, -9  # a space belongs to no word
     assert sample.mark_doubts(encoding, ids, p) == text
 
 
