@@ -639,6 +639,9 @@ def read_gpt2(source):
                          f'{error.filename or path} is not there') from None
     except (SafetensorError, ValueError) as error:
         raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
+    missing = [key for key in ('model_type', 'n_layer', 'n_head', 'n_embd', 'n_positions', 'vocab_size') if key not in config]
+    if missing:
+        raise ValueError(f'{config_path} is not the configuration of a GPT-2: it has no {", ".join(missing)}')
     wanted = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'n_inner': None,
               'tie_word_embeddings': True, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
     for key, value in wanted.items():

@@ -445,7 +445,8 @@ def get_tokenizer(name):
         pattern, ranks = r'(?s:.)', read_meta(name)
     elif name.endswith('.txt'):
         if not os.path.isfile(name):
-            raise ValueError(f'no tokenizer at {name}')
+            raise ValueError(f'no tokenizer at {name}: "python prepare_data.py shapes" writes one beside its data; for other '
+                             'data take --tokenizer=bytes, or a file with a word a line')
         with open(name, encoding='utf-8') as f:
             words = [space + word for word in f.read().split() for space in ('', ' ')]
         tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in words if len(word) > 1]
@@ -743,6 +744,8 @@ class Parts:
         for f in self.files.values():
             f.close()
         if error:
+            if isinstance(error, ValueError) and os.path.exists(self.progress):
+                os.remove(self.progress)  # there is something to mend first, and all is to be looked at again then
             return
         for name in self.files:
             path = os.path.join(self.folder, f'{name}.jsonl')
@@ -779,13 +782,10 @@ def llava_command(command):
             raise ValueError('expected --image_dir=FOLDER_OR_ZIP: this data has no images of its own, only their names, like '
                              'those of COCO: http://images.cocodataset.org/zips/train2017.zip')
         images = download(repository, zipped)
-    if not os.path.exists(images):
-        raise ValueError(f'--image_dir={images} does not exist: expected the folder or .zip with the images')
+    if not (os.path.isdir(images) or images.endswith('.zip') and os.path.isfile(images) and zipfile.is_zipfile(images)):
+        raise ValueError(f'--image_dir={images} does not exist, or is no archive: expected the folder or .zip with the images')
     folder = os.path.join('data', name or (os.path.splitext(os.path.basename(source))[0] if source else command))
-    images, prefix = os.path.abspath(images), ''
-    if os.path.isfile(images):  # an archive may hold everything in one folder, as COCO's do
-        tops = {member.partition('/')[0] for member in open_zip(images, os.getpid()).namelist()}
-        prefix = f'{tops.pop()}/' if len(tops) == 1 else ''
+    images = os.path.abspath(images)
     work = {'command': command, 'source': path, 'size': os.path.getsize(path), 'image_dir': images, 'val_every': val_every,
             'max_examples': max_examples}
     with Parts(folder, ('train', 'val', 'left_out'), work) as parts, ThreadPoolExecutor(8) as pool, tqdm(unit='row') as bar:
@@ -795,7 +795,7 @@ def llava_command(command):
                 bar.update(len(rows))
                 continue
             for i, (row, (example, why)) in enumerate(zip(rows, pool.map(
-                    lambda row: llava_example(row, images, prefix, captions), rows)), first):
+                    lambda row: llava_example(row, images, captions), rows)), first):
                 if why:
                     parts.write('left_out', {'row': i, 'id': row.get('id'), 'image': row.get('image'), 'why': why})
                     state.setdefault('whys', {})[why] = state.get('whys', {}).get(why, 0) + 1
@@ -865,11 +865,20 @@ def chunks(rows, size):
         yield first, chunk
 
 
-def llava_example(row, images, prefix, captions):
+def image_path(images, name):
+    """Where an image is: below a folder, or in a zip, which may hold everything in one folder, as COCO's do."""
+    if images.endswith('.zip'):
+        archive = open_zip(images, os.getpid())
+        if name not in archive.NameToInfo:
+            name = archive.namelist()[0].partition('/')[0] + '/' + name
+    return os.path.join(images, name)
+
+
+def llava_example(row, images, captions):
     """A row of LLaVA's -> (example, '') or (None, why it is left out)."""
     names = row.get('image') or []
     names = [names] if isinstance(names, str) else names
-    paths = [os.path.join(images, prefix * (images.endswith('.zip') and not member(images, n)) + n) for n in names]
+    paths = [image_path(images, name) for name in names]
     roles = {'human': 'user', 'gpt': 'assistant', 'system': 'system'}
     try:
         messages = [{'role': roles[turn['from']], 'content': turn['value']} for turn in row['conversations']]
@@ -903,11 +912,6 @@ def llava_example(row, images, prefix, captions):
     return {**example, **({'image_path': paths[0]} if len(paths) == 1 else {'image_paths': paths} if paths else {})}, ''
 
 
-def member(archive, name):
-    """Whether a zip has a member of that name."""
-    return name in open_zip(archive, os.getpid()).NameToInfo
-
-
 # -----------------------------------------------------------------------------
 # python prepare_data.py features
 
@@ -927,7 +931,7 @@ def features_command():
     for part in ('train', 'val'):
         rows = open_rows(dataset, part)
         for i in range(len(rows)):
-            paths.update(dict.fromkeys(s for s in rows[i].get('images') or []))
+            paths.update(dict.fromkeys(rows[i].get('images') or []))
     if not paths:
         raise ValueError(f'{dataset} has no image files: there is nothing to store')
     paths = list(paths)
@@ -944,15 +948,15 @@ def features_command():
     if need > free:
         raise ValueError(f'{need / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB: make room, or pool them '
                          '(--connector=pool --pool_size=2)')
-    file, plan = os.path.join(folder, 'features.bin'), os.path.join(folder, 'plan.json')
+    file, plan, finished = (os.path.join(folder, name) for name in ('features.bin', 'plan.json', 'index.json'))
     index = {'shape': [len(paths), length, width], 'dtype': dtype, 'vision_encoder': vision_encoder,
              'images': [path.removeprefix(root + os.sep) for path in paths]}
     done = 0
+    if os.path.exists(finished):  # of these images: there is nothing left to do; of others: it is begun again
+        os.replace(finished, plan)
     if os.path.exists(plan) and os.path.exists(file):
         with open(plan, encoding='utf-8') as f:
             done = os.path.getsize(file) // (length * width * 2) if json.load(f) == index else 0
-    if os.path.exists(os.path.join(folder, 'index.json')):
-        os.remove(os.path.join(folder, 'index.json'))
     with open(plan, 'w', encoding='utf-8') as f:
         json.dump(index, f)
     with open(file, 'r+b' if done else 'wb') as f, torch.no_grad():
@@ -967,7 +971,7 @@ def features_command():
                     raise ValueError(f'a feature is too large for {dtype}: store them with --dtype=bfloat16')
                 f.write(found.contiguous().view(torch.uint8).numpy().tobytes())
                 bar.update(len(some))
-    os.replace(plan, os.path.join(folder, 'index.json'))
+    os.replace(plan, finished)
 
 
 # -----------------------------------------------------------------------------
@@ -1019,7 +1023,7 @@ def shapes_command():
     data/shapes: PNGs of 64 x 64 pixels with one or two coloured shapes, each at a random place of a quarter of its own and
     of a random size, and conversations on colour, kind, number and place, yes or no. Of twenty examples one is without an
     image and three have two. A picture that is held out is not in the training set. words.txt lists the words, for
-    --tokenizer=data/shapes/words.txt: with whole words a small GPT learns in minutes what takes it hours with bytes.
+    --tokenizer=data/shapes/words.txt: a small GPT need not learn to spell first.
     """
     folder, count = os.path.join('data', name or 'shapes'), max_examples or 40000
     os.makedirs(os.path.join(folder, 'images'), exist_ok=True)
@@ -1049,24 +1053,26 @@ def shapes_example(rng, held_out):
     in a description: every word of it has to be looked for, the most that a picture can teach. Of what is held out only
     the last answer is scored: there a description stands alone, and every question type comes last.
     """
-    kind = rng.random()
-    if kind < 0.05:
+    dice = rng.random()
+    if dice < 0.05:
         return [], rng.sample(FACTS, 4)
-    if kind < 0.85:
+    if dice < 0.85:
         shapes = some_shapes(rng, rng.randint(1, 2))
         description = 'Describe the picture.', ', '.join(f'a {colour} {kind} {quarter}' for kind, colour, quarter, *_
                                                          in sorted(shapes, key=lambda shape: QUARTERS.index(shape[2])))
-        if kind < (0.15 if held_out else 0.25):
+        if dice < (0.15 if held_out else 0.25):
             return [shapes], [description]
-        turns = list({shapes_question(shapes, rng): 0 for _ in range(rng.randint(1, 3 if held_out else 5))})  # none twice
-        return [shapes], turns + [description] if kind < 0.45 and not held_out else turns
+        questions = [shapes_question(shapes, rng) for _ in range(rng.randint(1, 3 if held_out else 5))]
+        turns = list(dict.fromkeys(questions))  # none twice
+        return [shapes], turns + [description] if dice < 0.45 and not held_out else turns
     pictures = [some_shapes(rng, n) for n in rng.sample((1, 2), 2)]
-    turns = {('Which picture has more shapes?', 'the first' if len(pictures[0]) > len(pictures[1]) else 'the second'): 0}
+    turns = [('Which picture has more shapes?', 'the first' if len(pictures[0]) > len(pictures[1]) else 'the second')]
     for _ in range(2):
         which = rng.randrange(2)
         question, answer = shapes_question(pictures[which], rng)
-        turns[f'In the {("first", "second")[which]} picture: {question}', answer] = 0
-    return pictures, rng.sample(list(turns), len(turns))[:rng.randint(1, 3)]
+        turns.append((f'In the {("first", "second")[which]} picture: {question}', answer))
+    turns = list(dict.fromkeys(turns))
+    return pictures, rng.sample(turns, len(turns))[:rng.randint(1, 3)]
 
 
 def some_shapes(rng, n, half=32):

@@ -45,7 +45,7 @@ eval = ''                # a .jsonl file or dataset: score its answers instead
 eval_samples = 512       # score at most as many
 batch_size = 64          # of the evaluation
 device = ''              # cuda, mps or cpu; '' finds out by itself
-tokenizer = ''           # bytes, gpt2 or a meta.pkl; '' takes the checkpoint's
+tokenizer = ''           # bytes, gpt2, a meta.pkl or words.txt; '' takes the checkpoint's
 vision_encoder = ''      # where a frozen encoder's weights are now, if the file they came from has moved
 # -----------------------------------------------------------------------------
 
@@ -83,14 +83,14 @@ def answer(model, tokenizer, examples, max_new_tokens, temperature=0.0, top_k=0,
 
 def mark_doubts(tokenizer, ids, logprobs, least=0.5):
     """The text with every word in [brackets?] of which a token had a probability below `least`: better look there."""
-    word_of, text = [], b''  # by its first byte, which word each token belongs to; its bytes may be less than a character
+    starts, text = [], b''  # in bytes, because a token may be less than a character
     for i in ids:
-        word_of.append(len(text))
+        starts.append(len(text))
         text += tokenizer.decode_single_token_bytes(i)
     out, last = b'', 0
     for word in re.finditer(rb'\S+', text):
         doubtful = any(math.exp(p) < least and start < word.end() and end > word.start()
-                       for start, end, p in zip(word_of, [*word_of[1:], len(text)], logprobs))
+                       for start, end, p in zip(starts, [*starts[1:], len(text)], logprobs))
         out += text[last:word.start()] + (b'[' + word[0] + b'?]' if doubtful else word[0])
         last = word.end()
     return (out + text[last:]).decode(errors='replace')

@@ -471,8 +471,8 @@ class Run:
         self.config = config
         self.place = place = start_processes(config)
         torch.manual_seed(config.seed)
+        rows = open_rows(config.dataset, 'train')  # first of all: a missing dataset shows at once
         tokenizer = get_tokenizer(config.tokenizer)
-        rows = open_rows(config.dataset, 'train')  # before the model: a missing dataset shows at once
         self.chat = 'messages' in rows[0] or not rows[0].get('images') and 'read' in parse_tasks(config.tasks)
         self.raw_model, checkpoint = build_model(config, tokenizer)
         self.raw_model.to(place.device)
@@ -593,7 +593,8 @@ class Run:
 def main():
     training = Run(SimpleNamespace(**configure(globals())))
     if training.place.rank == 0:
-        parts = ', '.join(f'{part} {sum(p.numel() for p in named.values()) / 1e6:.2f}M'
+        count = lambda named, only=False: sum(p.numel() for p in named.values() if p.requires_grad or not only) / 1e6
+        parts = ', '.join(f'{part} {count(named):.2f}M ({count(named, True):.2f}M of them trained)'
                           for part, named in training.raw_model.parts().items() if named)
         print(f'parameters: {parts}; on {training.place.world} x {training.place.device_type}, {training.place.dtype}',
               file=sys.stderr)

@@ -1,6 +1,7 @@
 """
 vlm_sft.py for a GPU with little memory, or a model that must not forget: GPT-2 keeps its weights, and an update of rank 64
-beside each of its Linears learns with the connector. A checkpoint has 20 MB instead of 500, and sample.py merges it.
+beside each of its Linears learns with the connector. A checkpoint with its optimizer has some 130 MB instead of 1.5 GB
+(computed), and sample.py merges it.
 
     python prepare_data.py llava_instruct --image_dir=coco/train2017
     torchrun train.py config/vlm_sft_lora.py --init_from=out/vlm_align/ckpt.pt

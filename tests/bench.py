@@ -1,5 +1,5 @@
 """
-Speed and memory on this machine: not a test, a measurement. Medians of several rounds.
+Speed and memory on this machine: not a test, a measurement. Medians of several rounds; of vlm's batch of 16, one round.
 
     $ python tests/bench.py                      # the quickstart's model; the knobs of train.py change it: --batch_size=32
     $ python tests/bench.py features             # a frozen ViT-B-32 running in every step, and its features stored once

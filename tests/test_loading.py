@@ -9,7 +9,7 @@ from conftest import make_model, read_log, refused, tiny_config, train
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig, load_checkpoint
-from prepare_data import open_rows
+from prepare_data import get_tokenizer, open_rows
 
 
 def nanogpt(path, vocab_size=103, prefix='_orig_mod.', bias=False, **changes):
@@ -171,6 +171,9 @@ def test_gpt2_that_is_not_what_it_should_be_is_refused(gpt2, tmp_path):
     assert 'model.safetensors is not there' in message()
     (x / 'config.json').write_text('{"model_type":')
     assert 'may have been cut off' in message()
+    copy_of(folder, x)
+    (x / 'config.json').write_text('{"n_layer": 2}')
+    assert 'is not the configuration of a GPT-2: it has no model_type, n_head' in message()
 
 
 def test_gpt2_by_name_without_a_network_says_what_to_do(tmp_path, monkeypatch):
@@ -190,20 +193,17 @@ def test_gpt2_by_name_without_a_network_says_what_to_do(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('prefix, vocab_size', [('_orig_mod.', 103), ('', 50304)])
 def test_a_nanogpt_checkpoint_trains_on_pictures_and_its_text_loss_is_watched(tmp_path, prefix, vocab_size):
-    if vocab_size == 103:
-        tokenizer = meta(tmp_path / 'meta.pkl')
-    else:
+    tokenizer = meta(tmp_path / 'meta.pkl') if vocab_size == 103 else 'gpt2'
+    if tokenizer == 'gpt2':
         try:
-            tokenizer = 'gpt2'
-            __import__('prepare_data').get_tokenizer('gpt2')
+            get_tokenizer('gpt2')
         except ValueError:
             pytest.skip("GPT-2's BPE is not in tiktoken's cache")
     nanogpt(tmp_path / 'ckpt.pt', vocab_size, prefix)
     process = train(tmp_path / 'out', f'--init_from={tmp_path}/ckpt.pt', f'--tokenizer={tokenizer}')
     assert process.returncode == 0, process.stderr
-    rows = {103: '103 -> 128 rows'}.get(vocab_size, '')  # 50304 have 47 spare rows
-    assert rows in process.stderr and ('wte' in process.stderr) and 'new      vision.connector' in process.stderr
-    assert ('grown    transformer.wte' in process.stderr) == (vocab_size == 103)
+    assert 'new      vision.connector' in process.stderr
+    assert ('103 -> 128 rows' in process.stderr) == (vocab_size == 103)  # 50304 have 47 spare rows
     evals = [r['eval'] for r in read_log(tmp_path / 'out') if 'eval' in r]
     assert all('text_loss' in e for e in evals) and evals[0]['text_loss'] != evals[-1]['text_loss']
 
@@ -259,8 +259,6 @@ def test_lora_trains_its_updates_alone(tmp_path):
 def test_a_lora_run_saves_little_resumes_exactly_and_needs_the_model_it_adapts(run_dir, tmp_path):
     start = [f'--init_from={run_dir}/ckpt.pt', *LORA]
     assert train(tmp_path / 'a', *start, '--max_iters=6').returncode == 0
-    process = train(tmp_path / 'b', *start, '--max_iters=6', '--eval_interval=3', '--lr_decay_iters=6')
-    assert process.returncode == 0, process.stderr
     state = load_checkpoint(tmp_path / 'a' / 'ckpt.pt')
     assert all('.lora_' in name or name.startswith('vision.') for name in state['model'])
     assert state['base']['init_from'] == f'{run_dir}/ckpt.pt'

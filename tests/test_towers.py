@@ -162,7 +162,7 @@ def test_a_frozen_tower_has_no_gradient_no_training_mode_and_no_place_in_a_check
     assert all(p.grad is None for p in model.vision.encoder.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.vision.connector.parameters())
     assert not any(k.startswith('vision.encoder.') for k in model.checkpoint_state())
-    assert model.config.vision_fingerprint and not hasattr(model.vision.encoder.tower, 'transformer.text')
+    assert model.config.vision_fingerprint
 
 
 def test_an_unfrozen_tower_trains_and_is_saved(towers):
@@ -231,11 +231,12 @@ def test_a_run_with_a_frozen_tower_saves_little_resumes_and_refuses_other_weight
     refused(inside('sample.py', *words, f'--vision_encoder=tiny/{wrong}'), 'not the weights that the model was trained with')
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 @pytest.mark.parametrize('extra', [[], ['--connector=pool', '--pool_size=2']])
-def test_stored_features_give_the_same_losses_and_the_tower_rests(knobs, tmp_path, monkeypatch, extra):
+def test_stored_features_give_the_same_losses_and_the_tower_rests(knobs, tmp_path, monkeypatch, extra, dtype):
     knobs = [*knobs, *extra]
     assert train(tmp_path / 'a', *knobs).returncode == 0
-    process = inside('prepare_data.py', 'features', *knobs[:3], *extra, '--batch_size=3')
+    process = inside('prepare_data.py', 'features', *knobs[:3], *extra, '--batch_size=3', f'--dtype={dtype}')
     assert process.returncode == 0, process.stderr
     tokens = 4 if extra else 16
     assert f'8 images x {tokens} tokens x 48 x 2 bytes = 0.000 GB' in process.stderr
@@ -251,7 +252,7 @@ def test_stored_features_give_the_same_losses_and_the_tower_rests(knobs, tmp_pat
     assert sum(seen) == 8  # of two evaluations the blank pictures, which no store has, four each
     train(tmp_path / 'c', *knobs, '--stored_features=False', '--eval_interval=100')
     a, b = ([r['loss'] for r in read_log(tmp_path / x) if 'loss' in r] for x in 'ab')
-    assert a == pytest.approx(b, abs=2e-3) and a != b  # half precision
+    assert a == pytest.approx(b, abs=2e-3 if dtype == 'float16' else 1e-2) and a != b  # half precision
     assert a == [r['loss'] for r in read_log(tmp_path / 'c') if 'loss' in r]
 
 
@@ -264,6 +265,9 @@ def test_an_interrupted_store_goes_on_and_a_stale_one_is_not_used(knobs, tmp_pat
     (folder / 'features.bin').write_bytes(whole[:len(whole) // 2 + 7])
     process = inside('prepare_data.py', *words)
     assert process.returncode == 0 and (folder / 'features.bin').read_bytes() == whole, process.stderr
+    before = (folder / 'features.bin').stat().st_mtime_ns
+    assert inside('prepare_data.py', *words).returncode == 0  # what is finished is not begun again
+    assert (folder / 'features.bin').stat().st_mtime_ns == before and (folder / 'index.json').exists()
     config = tiny_config(vision_encoder=knobs[1].partition('=')[2], connector='mlp')
     vision.Vision(config)
     store = prepare_data.StoredFeatures.find(str(tmp_path / 'data'), config)
