@@ -6,7 +6,9 @@ It is nanoGPT's model with nanoGPT's names, and these additions:
     positions   an image takes ONE position, however many tokens it has; text counts on behind it
     generate    with a preallocated KV cache, for a batch of prompts of different lengths
     Linear      LoRA, if asked for
+    switches    what Llama and Qwen3 do otherwise than GPT-2: norm, position, mlp, n_kv_head, head_dim, qk_norm, tied
     surgery     a text model that is loaded gains eyes, tokens and positions, and says in a table what it gained
+    layouts     the names and files under which Hugging Face keeps GPT-2, Llama (SmolLM2) and Qwen3, read and written
 
 References:
 1) nanoGPT: https://github.com/karpathy/nanoGPT/blob/master/model.py
@@ -38,9 +40,9 @@ class Linear(nn.Linear):
     def __init__(self, n_in, n_out, config):
         super().__init__(n_in, n_out, bias=config.bias)
         self.lora_a = None
-        if config.lora_rank:
-            self.lora_a = nn.Parameter(torch.empty(config.lora_rank, n_in).uniform_(-n_in**-0.5, n_in**-0.5))
-            self.lora_b = nn.Parameter(torch.zeros(n_out, config.lora_rank))
+        if config.lora_rank:  # on the CPU, also if the weights beside them have yet to come
+            self.lora_a = nn.Parameter(torch.empty(config.lora_rank, n_in, device='cpu').uniform_(-n_in**-0.5, n_in**-0.5))
+            self.lora_b = nn.Parameter(torch.zeros(n_out, config.lora_rank, device='cpu'))
             self.lora_dropout = nn.Dropout(config.lora_dropout)
             self.lora_scale = config.lora_alpha / config.lora_rank
 
@@ -52,52 +54,91 @@ class Linear(nn.Linear):
 
     @torch.no_grad()
     def merge(self):
-        """Adds the update to W and forgets it: the same outputs, without its cost."""
+        """Adds the update to W, in float32, and forgets it: the same outputs, without its cost."""
         if self.lora_a is not None:
-            self.weight += self.lora_scale * self.lora_b @ self.lora_a
+            self.weight.data = self.weight.float() + self.lora_scale * self.lora_b @ self.lora_a
             self.lora_a = self.lora_b = None
 
 
 class LayerNorm(nn.Module):
     """LayerNorm with an optional bias."""
 
-    def __init__(self, ndim, bias):
+    def __init__(self, ndim, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(ndim))
-        self.bias = nn.Parameter(torch.zeros(ndim)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(ndim)) if config.bias else None
+        self.eps = config.norm_eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """LayerNorm without its mean and its bias, which turned out not to matter, https://arxiv.org/abs/1910.07467."""
+
+    def __init__(self, ndim, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(ndim))
+        self.eps = config.norm_eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
+
+
+def rotate(x, rope):
+    """
+    RoPE, https://arxiv.org/abs/2104.09864. x (B, T, nh, hs): queries or keys. rope: cosines and sines (B, T, 1, hs / 2).
+    The pair (i, i + hs / 2) of each head turns by its angle, position * theta**(-2 i / hs): slow pairs tell far from near,
+    fast ones neighbours. What a query and a key have in common depends on the difference of their positions alone.
+    """
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        # key, query, value projections for all heads, but in a batch
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config)
-        self.c_proj = Linear(config.n_embd, config.n_embd, config)
-        self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
+        # grouped-query attention, https://arxiv.org/abs/2305.13245: several query heads share a head of keys and values,
+        # and the KV cache shrinks as many times
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_dim = config.head_dim or config.n_embd // config.n_head
+        # key, query, value projections for all heads, but in a batch
+        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, config)
+        self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, config)
+        # large models train more calmly if no query and no key is long, https://arxiv.org/abs/2302.05442
+        self.q_norm = RMSNorm(self.head_dim, config) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config) if config.qk_norm else nn.Identity()
+        self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None, slots=None, mask=None):
+    def forward(self, x, rope=None, cache=None, slots=None, mask=None):
         """
-        x (B, T, C). Without a cache: causal attention over the T tokens. With a cache, a pair of (B, S, nh, hs)
-        tensors: the keys and values of these T tokens go to their `slots` (B, T), and the queries see the slots
-        that `mask`, bool and broadcastable to (B, 1, T, S), allows.
+        x (B, T, C); rope as in `rotate`, None for learned positions. Without a cache: causal attention over the T tokens.
+        With a cache, a pair of (B, S, n_kv_head, hs) tensors: the keys and values of these T tokens go to their `slots`
+        (B, T), and the queries see the slots that `mask`, bool and broadcastable to (B, 1, T, S), allows.
         """
-        B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head) for t in self.c_attn(x).split(C, dim=2))
+        B, T, _ = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim)                             # (B, T, nh + 2 n_kv_head, hs)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             rows = torch.arange(B, device=x.device)[:, None]
             for store, new in zip(cache, (k, v)):
                 store[rows, slots] = new
             k, v = cache
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                 # (B, nh, T or S, hs)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                 # (B, nh or n_kv_head, T or S, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None,
-                                           dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)                                           # all heads side by side
+                                           dropout_p=self.dropout if self.training else 0.0,
+                                           enable_gqa=self.n_kv_head < self.n_head)
+        y = y.transpose(1, 2).flatten(2)                                                 # all heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -105,26 +146,30 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config)
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Linear(config.n_embd, n_inner, config)
+        # SwiGLU: a second projection says how far each of the first one's values passes, https://arxiv.org/abs/2002.05202
+        self.c_gate = Linear(config.n_embd, n_inner, config) if config.mlp == 'swiglu' else None
         self.gelu = nn.GELU(approximate=config.gelu_approximate)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config)
+        self.c_proj = Linear(n_inner, config.n_embd, config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        inner = self.gelu(self.c_fc(x)) if self.c_gate is None else F.silu(self.c_gate(x)) * self.c_fc(x)
+        return self.dropout(self.c_proj(inner))
 
 
 class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = NORMS[config.norm](config.n_embd, config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = NORMS[config.norm](config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, slots=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, slots, mask)
+    def forward(self, x, rope=None, cache=None, slots=None, mask=None):
+        x = x + self.attn(self.ln_1(x), rope, cache, slots, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -137,7 +182,18 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True         # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
+    # the switches between GPT-2, which the defaults are, and its heirs; on the right what Llama chose, which Qwen3 follows
+    norm: str = 'layernorm'   # rmsnorm
+    norm_eps: float = 1e-5
+    position: str = 'learned'  # rope: queries and keys turn with their position, and no table of positions is needed
+    rope_theta: float = 10000.0  # the larger, the slower the slowest pair turns: 100000 and more for long texts
+    mlp: str = 'gelu'         # swiglu
     gelu_approximate: str = 'none'  # 'tanh' is what OpenAI's GPT-2 was trained with, 'none' what nanoGPT trains with
+    n_inner: int = 0          # width of the MLP; 0: 4 * n_embd
+    n_kv_head: int = 0        # heads of keys and values; 0: n_head, each query head has its own
+    head_dim: int = 0         # width of a head; 0: n_embd / n_head. Qwen3-0.6B: twice that
+    qk_norm: bool = False     # True in Qwen3: RMSNorm on each query and key
+    tied: bool = True         # the token embeddings are the head's weights too; in large models each has its own
     lora_rank: int = 0        # > 0: the GPT's weights stay, and a low-rank update of each Linear is trained
     lora_alpha: float = 16.0  # the update is scaled by alpha / rank
     lora_dropout: float = 0.0
@@ -162,25 +218,44 @@ class GPTConfig:
     image_token: int = -1     # id of <image>
 
 
+def check_config(config):
+    """Raises ValueError for what no GPT can be made of."""
+    for key, known in (('norm', [*NORMS]), ('position', ['learned', 'rope']), ('mlp', ['gelu', 'swiglu'])):
+        if getattr(config, key) not in known:
+            raise ValueError(f'{key} must be {" or ".join(known)}, got {getattr(config, key)!r}')
+    if config.n_embd % config.n_head and not config.head_dim:
+        raise ValueError(f'n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})')
+    if config.n_head % (config.n_kv_head or config.n_head):
+        raise ValueError(f'n_head ({config.n_head}) must be a multiple of n_kv_head ({config.n_kv_head})')
+    if config.position == 'rope' and (config.head_dim or config.n_embd // config.n_head) % 2:
+        raise ValueError('position rope turns pairs: it takes an even head_dim')
+
+
 class GPT(nn.Module):
 
-    def __init__(self, config, load_tower=True):
-        """load_tower: read the weights of a vision Tower. They need not be if those of a checkpoint come next."""
+    def __init__(self, config, load_tower=True, device='cpu'):
+        """
+        load_tower: read the weights of a vision Tower. They need not be if those of a checkpoint come next.
+        device: 'meta' makes the text model without memory, for weights that come next.
+        """
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f'n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})')
+        check_config(config)
         self.config = config
         self.base = None   # of LoRA: {'init_from', 'fingerprint'} of the model that it adapts
         self.changes = ''  # the table of what was loaded, grown and new
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-            ln_f=LayerNorm(config.n_embd, bias=config.bias),
-        ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # weight tying, https://arxiv.org/abs/1608.05859
+        with torch.device(device):
+            self.transformer = nn.ModuleDict(dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=NORMS[config.norm](config.n_embd, config),
+            ))
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.position == 'rope':
+            del self.transformer['wpe']  # a position is an angle, not a vector
+        if config.tied:
+            self.transformer.wte.weight = self.lm_head.weight  # weight tying, https://arxiv.org/abs/1608.05859
         self.apply(self._init_weights)
         # special scaled init of the residual projections, per GPT-2 paper
         for name, p in self.named_parameters():
@@ -198,9 +273,13 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
     def get_num_params(self, non_embedding=True):
-        """Number of parameters; non_embedding leaves out the position embeddings (the token embeddings are the head)."""
+        """
+        Number of parameters; non_embedding leaves out the position embeddings, and the token embeddings if they are not the
+        head's weights too.
+        """
         n_params = sum(p.numel() for p in self.parameters())
-        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+        tables = [name for name in ('wpe', 'wte') if name in self.transformer and not (name == 'wte' and self.config.tied)]
+        return n_params - sum(self.transformer[name].weight.numel() for name in tables) * non_embedding
 
     # -------------------------------------------------------------------------
     # a sequence with images in it
@@ -210,7 +289,8 @@ class GPT(nn.Module):
         idx (B, T) int64, with <image> ids where image tokens stand and -1 where there is only padding.
         images: (patches, grid) from vision.collate, all images of the batch in the order in which they stand in it,
         row by row; None if there are none.
-        Returns x (B, T, C), the sum of token (or image) and position embeddings, and the positions (B, T).
+        Returns x (B, T, C), the token (or image) embeddings, plus those of the positions if such are learned, and the
+        positions (B, T).
         Raises ValueError if the places and the image tokens are not equally many, or block_size is exceeded.
         """
         B, T = idx.shape
@@ -231,30 +311,43 @@ class GPT(nn.Module):
             if places != tokens:
                 raise ValueError(f'the sequence has {places} <image> places, but the images make {tokens} tokens')
         pos = (new.cumsum(1) - 1).clamp(min=0)                                           # (B, T)
-        return self.transformer.drop(x + self.position_embeddings(pos)), pos
-
-    def position_embeddings(self, pos):
-        """The embeddings (..., C) of positions; raises ValueError for one that the model does not have."""
         if not torch.compiler.is_compiling() and (longest := int(pos.max()) + 1) > self.config.block_size:
             raise ValueError(f'a sequence takes {longest} positions, but block_size is {self.config.block_size}: '
                              'shorten it or train with a larger block_size')
-        return self.transformer.wpe(pos)
+        return self.place(x, pos), pos
 
-    def forward(self, idx, targets=None, images=None, loss_reduction='mean'):
+    def place(self, x, pos):
+        """Embeddings (..., C) at their positions (...), if those are learned ones: RoPE comes in each layer's attention."""
+        return self.transformer.drop(x + self.transformer.wpe(pos) if 'wpe' in self.transformer else x)
+
+    def rope(self, pos):
+        """RoPE's cosines and sines, (B, T, 1, hs / 2) each, at positions (B, T); None for learned positions."""
+        if self.config.position == 'learned':
+            return None
+        head_dim = self.transformer.h[0].attn.head_dim
+        speed = 1 / self.config.rope_theta ** (torch.arange(0, head_dim, 2, device=pos.device) / head_dim)  # (hs / 2)
+        angles = pos[..., None, None] * speed                                            # (B, T, 1, hs / 2) radians
+        return angles.cos(), angles.sin()
+
+    def forward(self, idx, targets=None, images=None, loss_reduction='mean', return_logits=True):
         """
         idx, targets (B, T) int64, -1 in idx for padding, in targets where nothing is to be learnt; images as in `embed`.
         Returns (logits, loss): (B, T, vocab_size) and the cross entropy in nats per target ('mean') or summed ('sum');
-        without targets (B, 1, vocab_size), the last token's, and None.
+        without targets (B, 1, vocab_size), the last token's, and None. return_logits=False, for training: (None, loss), the
+        head's largest of all products done at the targets only, which are few behind a picture and a question.
         """
-        x, _ = self.embed(idx, images)
+        x, pos = self.embed(idx, images)
+        rope = self.rope(pos)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, rope)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None  # note: using list [-1] to preserve the time dim
+        if not return_logits and not torch.compiler.is_compiling():  # how many targets, the data decide: a graph could not
+            x, targets = x[targets >= 0], targets[targets >= 0]                          # (M, C), (M)
         logits = self.lm_head(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=loss_reduction)
-        return logits, loss
+        loss = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=loss_reduction)
+        return logits if return_logits else None, loss
 
     # -------------------------------------------------------------------------
     # generation
@@ -270,7 +363,7 @@ class GPT(nn.Module):
         top_p        draw from the smallest set of likeliest tokens that holds this probability; None or 1 for all
         images       as in `embed`
         lengths      (B,) prompt lengths; row b is idx[b, :lengths[b]], whatever padding follows. None: all are T
-        end_token    a row that has drawn this id is finished, and filled up with it
+        end_token    a row that has drawn this id, or one of these ids, is finished, and filled up with it (the first)
         allowed      bool (vocab_size,): ids that may be drawn. The tokenizer knows (prepare_data.drawable_ids)
         generator    torch.Generator for temperature > 0
         return_logprobs  return (tokens, log-probabilities) instead: how sure the model was of each token it drew
@@ -286,7 +379,9 @@ class GPT(nn.Module):
         lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
         inside = torch.arange(T, device=device) < lengths[:, None]                       # (B, T)
         x, pos = self.embed(idx.masked_fill(~inside, -1), images)                        # (B, T, C), (B, T)
-        fill = 0 if end_token is None else end_token
+        rope = self.rope(pos)
+        ends = torch.tensor([] if end_token is None else end_token, dtype=torch.int64, device=device).flatten()
+        fill = int(ends[0]) if len(ends) else 0
         rows = torch.arange(B, device=device)
         pos = pos[rows, lengths - 1]                                                     # (B,) of the last token
         room = self.config.block_size - 1 - pos                                          # (B,) positions left
@@ -302,7 +397,7 @@ class GPT(nn.Module):
         for step in range(steps):
             mask = key_slots <= slots[:, None, :, None]                                  # (B, 1, T or 1, S)
             for block, kv in zip(self.transformer.h, cache):
-                x = block(x, kv, slots, mask)
+                x = block(x, rope, kv, slots, mask)
             last = x[rows, lengths - 1] if step == 0 else x[:, 0]                        # (B, C)
             logits = self.lm_head(self.transformer.ln_f(last)).float()                   # (B, vocab_size)
             if self.config.image_token >= 0:
@@ -315,24 +410,23 @@ class GPT(nn.Module):
                 logprobs[rows, lengths + step] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = new.masked_fill(done, fill)
             out[rows, lengths + step] = new
-            if end_token is not None:
-                done = done | (new == end_token)
+            done = done | torch.isin(new, ends)
             if done.all():
                 break
             # the new token is the next query: it stands behind its own row's text, at the next position
             slots = (lengths + step)[:, None]                                            # (B, 1)
             pos = (pos + 1).clamp(max=self.config.block_size - 1)
-            x = (self.transformer.wte(new) + self.position_embeddings(pos))[:, None]     # (B, 1, C)
+            x, rope = self.place(self.transformer.wte(new), pos)[:, None], self.rope(pos[:, None])  # (B, 1, C)
         self.train(was_training)
         length = lengths.max() + step + 1 if steps else T
         return (out[:, :length], logprobs[:, :length]) if return_logprobs else out[:, :length]
 
     def empty_cache(self, batch_size, length):
-        """A (keys, values) pair of (B, S, nh, hs) tensors for each layer."""
-        weight, n_head = self.lm_head.weight, self.config.n_head
+        """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer."""
+        weight, attn = self.lm_head.weight, self.transformer.h[0].attn
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        shape = (batch_size, length, n_head, self.config.n_embd // n_head)
+        shape = (batch_size, length, attn.n_kv_head, attn.head_dim)
         return [tuple(torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
                 for _ in range(self.config.n_layer)]
 
@@ -365,7 +459,8 @@ class GPT(nn.Module):
         A list of optimizers over the three parts, each with its own learning rate: the GPT (learning_rate), the
         encoder (vision_lr) and the connector (connector_lr; None for learning_rate). A rate of 0 freezes the part:
         no gradient, no optimizer state, eval mode. Matrices and embeddings decay, biases and norms don't. With lora_rank
-        the GPT's own weights are frozen too, and learning_rate is that of the updates beside them.
+        the GPT's own weights are frozen too, and learning_rate is that of the updates beside them. What is trained becomes
+        float32, whatever it was loaded as: a small update is lost in the rounding of bfloat16.
 
         optimizer 'adamw', or 'muon': the hidden matrices of the Transformer blocks, those and nothing else, go to Muon
         (https://kellerjordan.github.io/posts/muon) at muon_lr, times vision_lr / learning_rate in the encoder.
@@ -382,6 +477,7 @@ class GPT(nn.Module):
         for part, named in self.parts().items():
             for name, p in named.items():
                 p.requires_grad_(rates[part] > 0 and (part != 'gpt' or not self.config.lora_rank or '.lora_' in name))
+                p.data = p.data.float() if p.requires_grad else p.data
             named = {name: p for name, p in named.items() if p.requires_grad}
             hidden = [p for n, p in named.items() if optimizer == 'muon' and '.h.' in n and p.dim() == 2 and 'lora_' not in n]
             rest = [p for n, p in named.items() if not any(p is q for q in hidden)]
@@ -407,7 +503,8 @@ class GPT(nn.Module):
         """
         cfg = self.config
         N = sum(p.numel() for n, p in self.named_parameters() if n.startswith('transformer.') and '.wpe.' not in n)
-        flops_per_token = 6 * N + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
+        attn = self.transformer.h[0].attn
+        flops_per_token = 6 * N + 12 * cfg.n_layer * attn.n_head * attn.head_dim * cfg.block_size
         return flops_per_token * cfg.block_size * fwdbwd_per_iter / dt / 312e12
 
     # -------------------------------------------------------------------------
@@ -418,15 +515,18 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f'block_size can be cropped, not grown: {self.config.block_size} to {block_size}')
         self.config.block_size = block_size
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach(), freeze=False)
+        if self.config.position == 'learned':
+            self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach(), freeze=False)
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """
-        OpenAI's GPT-2: 'gpt2', 'gpt2-medium', 'gpt2-large' or 'gpt2-xl' from the Hugging Face hub (or its cache), or a local
-        folder with the same config.json and model.safetensors. Overrides and errors as in `from_checkpoint`.
+        A GPT-2, Llama or Qwen3: 'gpt2' to 'gpt2-xl', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'Qwen/Qwen3-0.6B' from the Hugging
+        Face hub (or its cache), or a local folder with config.json and model.safetensors, or its shards. The weights stay in
+        the file's own dtype, memory-mapped; .float() makes them what a CPU computes with. Overrides and errors as in
+        `from_checkpoint`.
         """
-        return cls.from_weights(*read_gpt2(name), None, name, **overrides)
+        return cls.from_weights(*read_pretrained(name), None, name, **overrides)
 
     @classmethod
     def from_checkpoint(cls, path, **overrides):
@@ -445,8 +545,8 @@ class GPT(nn.Module):
     @classmethod
     def from_weights(cls, args, state, base, source, **overrides):
         """
-        The model with the arguments `args`, changed by the overrides, and the weights `state`, both from read_weights.
-        LoRA's updates are merged if the overrides say lora_rank=0.
+        The model with the arguments `args`, changed by the overrides, and the weights `state`, both from read_weights. The
+        tensors of `state` become the model's own, without a copy. LoRA's updates are merged if the overrides say lora_rank=0.
         """
         config = GPTConfig(**{**args, **overrides})
         has_lora, wanted = any('.lora_' in name for name in state), config.lora_rank
@@ -456,7 +556,7 @@ class GPT(nn.Module):
         if has_lora:
             config.lora_rank = args['lora_rank']
         has_tower = any(name.startswith('vision.encoder.') for name in state)
-        model = cls(config, load_tower=not has_tower)
+        model = cls(config, load_tower=not has_tower, device='meta')
         model.load_weights(state, args, source)
         model.base = base
         if has_lora and not wanted:
@@ -474,11 +574,11 @@ class GPT(nn.Module):
         does not change by a bit. self.changes becomes the table of what was loaded, grown and new.
         Raises ValueError with the list of all that is missing, unexpected or misshapen.
         """
-        own, state = self.state_dict(), dict(state)
+        own, state, adopted = self.state_dict(), dict(state), {}
         blind, plain = not any(n.startswith('vision.') for n in state), not any('.lora_' in n for n in state)
         wrong, kinds = [f'unexpected {n}' for n in state if n not in own], {}
         wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
-        if wte is not None and head is not None and not torch.equal(wte, head):
+        if self.config.tied and wte is not None and head is not None and not torch.equal(wte, head):
             wrong.append('lm_head.weight is not tied to transformer.wte.weight')
         for name, p in own.items():
             group, note = '.'.join(name.split('.')[:2]), ''
@@ -498,16 +598,30 @@ class GPT(nn.Module):
                         wrong.append(f'{name} has {note}: a vocabulary does not shrink')
                 if old.shape != p.shape:
                     wrong.append(f'{name} is {tuple(old.shape)}, not {tuple(p.shape)}')
-                else:
-                    p.copy_(old)
+                adopted[name] = old
             count, size, _ = kinds.get((kind, group), (0, 0, ''))
             kinds[kind, group] = count + 1, size + p.numel(), note
         if wrong:
             raise ValueError(f'{source} does not hold the weights that its configuration asks for: ' + '; '.join(wrong))
+        self.load_state_dict(adopted, strict=False, assign=True)  # strict=True is what has been done above
+        if self.config.tied:
+            self.transformer.wte.weight = self.lm_head.weight
         if blind and self.vision is not None:
-            self.vision.match_rms(wte.float().square().mean().sqrt())
+            self.match_rms()
         self.changes = '\n'.join(f'{kind:<8} {group:<18} {count:>4} tensors {size / 1e6:>9.2f}M  {note}'.rstrip()
                                  for (kind, group), (count, size, note) in kinds.items())
+
+    def match_rms(self):
+        """New image embeddings become as large as the GPT's token embeddings are."""
+        wte = self.transformer.wte.weight
+        self.vision.match_rms(torch.linalg.vector_norm(wte, dtype=torch.float32) / wte.numel()**0.5)
+
+    @torch.no_grad()
+    def take_encoder(self, state):
+        """The small ViT of another model's state_dict becomes this one's; the connector stays new."""
+        self.vision.encoder.load_state_dict({name.removeprefix('vision.encoder.'): p for name, p in state.items()
+                                             if name.startswith('vision.encoder.')})
+        self.match_rms()
 
     def merge_lora(self):
         """LoRA's updates become part of the weights: the same model, as fast as without them."""
@@ -536,7 +650,7 @@ def resized(table, rows):
     (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     noise = torch.randn(max(0, rows - len(table)), table.shape[1], generator=torch.Generator().manual_seed(0))
-    return torch.cat([table[:rows], table.mean(0) + 0.02 * noise])
+    return torch.cat([table[:rows], (table.mean(0, dtype=torch.float32) + 0.02 * noise).to(table.dtype)])
 
 
 def draw_token(logits, temperature, top_k=None, top_p=None, generator=None):
@@ -557,9 +671,11 @@ def draw_token(logits, temperature, top_k=None, top_p=None, generator=None):
 
 def load_checkpoint(path):
     """
-    The dict that train.py (or nanoGPT) saved, on the CPU. weights_only: a checkpoint is data, and a file that wants to
-    run code when it is opened is refused. Raises ValueError in one sentence for whatever is not a checkpoint.
+    The dict that train.py (or nanoGPT, or sample.py --export) saved, on the CPU. weights_only: a checkpoint is data, and a
+    file that wants to run code when it is opened is refused. Raises ValueError in one sentence for what is no checkpoint.
     """
+    if str(path).endswith('.safetensors'):
+        return load_exported(path)
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
@@ -575,13 +691,27 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def load_exported(path):
+    """load_checkpoint for the glimpse.safetensors that sample.py --export writes."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'pt') as f:
+            checkpoint = json.loads((f.metadata() or {})['glimpse'])
+            state = {name: f.get_tensor(name) for name in f.keys()}
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f'{path} cannot be read as a model that sample.py --export has written: {error}') from error
+    if checkpoint['model_args'].get('tied', True):
+        state['lm_head.weight'] = state['transformer.wte.weight']
+    return {**checkpoint, 'model': state}
+
+
 def read_weights(source):
     """
-    (model_args, state_dict, base) of a GPT-2 by name, a folder with one, or a checkpoint; `base` is None, or of a LoRA
-    checkpoint {'init_from', 'fingerprint'} of the model that it adapts, whose weights are then in the state_dict too.
+    (model_args, state_dict, base) of a model of Hugging Face's by name or folder, or of a checkpoint; `base` is None, or of
+    a LoRA checkpoint {'init_from', 'fingerprint'} of the model that it adapts, whose weights are then in the state_dict too.
     """
-    if source in GPT2 or os.path.isdir(source):
-        return *read_gpt2(source), None
+    if is_pretrained(source):
+        return *read_pretrained(source), None
     return checkpoint_weights(load_checkpoint(source), source)
 
 
@@ -608,55 +738,175 @@ def plain_name(name):
     return name
 
 
+# -----------------------------------------------------------------------------
+# Hugging Face's layouts
+
 GPT2 = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
         'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
 
+# parts of names, Llama's and Qwen3's -> ours; their q_proj, k_proj and v_proj are our c_attn
+LLAMA = {'model.embed_tokens': 'transformer.wte', 'model.layers': 'transformer.h', 'model.norm': 'transformer.ln_f',
+         'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2', 'self_attn.o_proj': 'attn.c_proj',
+         'self_attn.q_norm': 'attn.q_norm', 'self_attn.k_norm': 'attn.k_norm', 'mlp.up_proj': 'mlp.c_fc',
+         'mlp.gate_proj': 'mlp.c_gate', 'mlp.down_proj': 'mlp.c_proj'}
 
-def read_gpt2(source):
+
+def is_pretrained(source):
+    """Whether it is a model in Hugging Face's layout: a folder, gpt2 to gpt2-xl, or OWNER/NAME on the hub."""
+    source = str(source)
+    on_hub = source.count('/') == 1 and not source.endswith(('.pt', '.safetensors')) and not os.path.exists(source)
+    return source in GPT2 or os.path.isdir(source) or on_hub
+
+
+def pretrained_folder(source):
+    """The folder of such a model; one of the hub's is downloaded once. Raises ValueError if that cannot be done."""
+    if os.path.isdir(source):
+        return source
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(GPT2.get(source, source), allow_patterns=['config.json', 'model*.safetensors*', 'token*.json',
+                                                                           'chat_template.jinja'])
+    except Exception as error:  # the hub's client has many of its own
+        raise ValueError(f'{source} is not in the cache of huggingface_hub and cannot be downloaded '
+                         f'({type(error).__name__}): connect once, or take a folder with its config.json and '
+                         'model.safetensors, --init_from=FOLDER') from error
+
+
+def read_pretrained(source):
     """
-    (model_args, state_dict) of a GPT-2 in Hugging Face's layout, by name or from a folder: config.json and
-    model.safetensors, which is memory-mapped. Raises ValueError if it is not there, cut off, or something else than a GPT-2.
+    (model_args, state_dict) of a GPT-2, Llama or Qwen3, by name or from a folder: config.json and model.safetensors, in one
+    piece or in shards. The tensors are memory maps in the file's own dtype: what nobody looks at costs no memory. Raises
+    ValueError if it is not there, cut off, or something else than what this GPT computes.
     """
-    names = 'config.json', 'model.safetensors'
-    if source in GPT2:
-        from huggingface_hub import hf_hub_download
-        try:
-            config_path, path = (hf_hub_download(GPT2[source], name) for name in names)
-        except Exception as error:  # the hub's client has many of its own
-            raise ValueError(f'{source} is not in the cache of huggingface_hub and cannot be downloaded '
-                             f'({type(error).__name__}): connect once, or take a folder with its config.json and '
-                             'model.safetensors, --init_from=FOLDER') from error
-    else:
-        config_path, path = (os.path.join(source, name) for name in names)
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
+    folder = pretrained_folder(source)
+    config_path, index = os.path.join(folder, 'config.json'), os.path.join(folder, 'model.safetensors.index.json')
     try:
         with open(config_path, encoding='utf-8') as f:
             config = json.load(f)
-        tensors = load_file(path)
+        shards = ['model.safetensors']
+        if os.path.exists(index):
+            with open(index, encoding='utf-8') as f:
+                shards = sorted(set(json.load(f)['weight_map'].values()))
+        tensors = {}
+        for path in (os.path.join(folder, shard) for shard in shards):
+            with safe_open(path, 'pt') as f:
+                names = list(f.keys())
+            for name in names:  # each in a memory map of its own, which is gone as soon as its tensor is
+                with safe_open(path, 'pt') as f:
+                    tensors[name] = f.get_tensor(name)
     except FileNotFoundError as error:
-        raise ValueError(f'{source} holds no GPT-2: expected config.json and model.safetensors, but '
+        raise ValueError(f'{source} holds no model: expected config.json and model.safetensors, but '
                          f'{error.filename or path} is not there') from None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
-    missing = [key for key in ('model_type', 'n_layer', 'n_head', 'n_embd', 'n_positions', 'vocab_size') if key not in config]
-    if missing:
-        raise ValueError(f'{config_path} is not the configuration of a GPT-2: it has no {", ".join(missing)}')
-    wanted = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5, 'n_inner': None,
-              'tie_word_embeddings': True, 'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False}
+    readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen3': read_llama}
+    if config.get('model_type') not in readers:
+        raise ValueError(f'{config_path}: this GPT computes {", ".join(readers)}, not {config.get("model_type")!r}')
+    tensors = {plain_name(name): p for name, p in tensors.items()}
+    try:
+        args, state = readers[config['model_type']](config, tensors)
+    except KeyError as error:
+        raise ValueError(f'{config_path} is no complete configuration of a {config["model_type"]}: it has no {error}') from None
+    except ValueError as error:
+        raise ValueError(f'{config_path} is of a model that this GPT does not compute: {error}') from None
+    if args['tied']:
+        state.setdefault('lm_head.weight', state.get('transformer.wte.weight', torch.empty(0)))  # stored once
+    return args, state
+
+
+def demand(config, wanted):
+    """Raises ValueError if a setting is another than the one that is wanted: the result would look right and be wrong."""
     for key, value in wanted.items():
-        # what another one computes would look right and be wrong
-        if config.get(key, value) != value and not (key == 'n_inner' and config[key] == 4 * config['n_embd']):
-            raise ValueError(f'{source} is not a GPT-2 that this GPT computes: its {key} is {config[key]!r}, not {value!r}')
+        if config.get(key, value) != value:
+            raise ValueError(f'its {key} is {config[key]!r}, not {value!r}')
+
+
+def read_gpt2(config, tensors):
+    """A GPT-2's config.json and tensors as model_args and state_dict."""
+    kinds = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
+    activation = config.get('activation_function', 'gelu_new')
+    if activation not in kinds:
+        raise ValueError(f'its activation_function is {activation!r}, not one of {", ".join(kinds)}')
+    demand(config, {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False})
     args = dict(n_layer=config['n_layer'], n_head=config['n_head'], n_embd=config['n_embd'], bias=True,
-                vocab_size=config['vocab_size'], block_size=config['n_positions'], gelu_approximate='tanh')
+                vocab_size=config['vocab_size'], block_size=config['n_positions'], n_inner=config.get('n_inner') or 0,
+                norm_eps=config.get('layer_norm_epsilon', 1e-5), gelu_approximate=kinds[activation],
+                tied=config.get('tie_word_embeddings', True))
     state = {}
     for name, p in tensors.items():
-        name = plain_name(name).removeprefix('transformer.')
+        name = name.removeprefix('transformer.')
         if name.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, not weights
             continue
         if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-            p = p.t()  # OpenAI's layers are [in, out]
+            p = p.t().contiguous()  # OpenAI's layers are [in, out]
         state[name if name == 'lm_head.weight' else f'transformer.{name}'] = p
-    state.setdefault('lm_head.weight', state.get('transformer.wte.weight', torch.empty(0)))  # tied: stored once
     return args, state
+
+
+def read_llama(config, tensors):
+    """A Llama's or Qwen3's config.json and tensors as model_args and state_dict."""
+    qwen = config['model_type'] == 'qwen3'
+    rope = {'rope_type': 'default', **(config.get('rope_parameters') or config.get('rope_scaling') or {})}
+    demand({**config, **rope}, {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'use_sliding_window': False,
+                                'rope_type': 'default', 'type': 'default', 'partial_rotary_factor': 1.0})
+    args = dict(n_layer=config['num_hidden_layers'], n_head=config['num_attention_heads'], n_embd=config['hidden_size'],
+                vocab_size=config['vocab_size'], block_size=config['max_position_embeddings'], bias=False,
+                norm='rmsnorm', norm_eps=config['rms_norm_eps'], position='rope', mlp='swiglu',
+                rope_theta=float(rope.get('rope_theta') or config.get('rope_theta', 10000.0)),
+                n_inner=config['intermediate_size'], n_kv_head=config.get('num_key_value_heads') or 0,
+                head_dim=config['head_dim'] if qwen else config.get('head_dim') or 0, qk_norm=qwen,
+                tied=config.get('tie_word_embeddings', False))
+    state = {}
+    for name, p in tensors.items():
+        for theirs, ours in LLAMA.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith('rotary_emb.inv_freq'):  # of old files: a constant, not a weight
+            state[name] = p
+    for i in range(args['n_layer']):
+        names = [f'transformer.h.{i}.self_attn.{x}_proj.weight' for x in 'qkv']
+        if all(name in state and state[name].dim() == 2 and state[name].shape[1] == args['n_embd'] for name in names):
+            state[f'transformer.h.{i}.attn.c_attn.weight'] = torch.cat([state.pop(name) for name in names])
+    return args, state
+
+
+def to_hugging_face(model):
+    """
+    The text part of a model as (config.json's dict, {name: tensor}) for Hugging Face's GPT2LMHeadModel, LlamaForCausalLM or
+    Qwen3ForCausalLM, the reverse of read_pretrained. Raises ValueError if none of them computes what this GPT does.
+    """
+    c, attn = model.config, model.transformer.h[0].attn
+    state = {name: p for name, p in model.state_dict().items() if not name.startswith('vision.')}
+    if c.tied:
+        del state['lm_head.weight']
+    config = {'vocab_size': c.vocab_size, 'tie_word_embeddings': c.tied, 'dtype': str(model.lm_head.weight.dtype)[6:]}
+    kind = c.norm, c.position, c.mlp
+    if kind == ('layernorm', 'learned', 'gelu') and not c.qk_norm and attn.c_attn.weight.shape[0] == 3 * c.n_embd:
+        config |= {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'n_layer': c.n_layer, 'n_head': c.n_head,
+                   'n_embd': c.n_embd, 'n_positions': c.block_size, 'n_inner': c.n_inner or None,
+                   'activation_function': {'tanh': 'gelu_new', 'none': 'gelu'}[c.gelu_approximate],
+                   'layer_norm_epsilon': c.norm_eps}
+        out = {}
+        for name, p in state.items():
+            linear = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+            out[name] = p.t().contiguous() if linear else p
+            if not c.bias and '.wte.' not in name and '.wpe.' not in name and name != 'lm_head.weight':
+                out[name.replace('weight', 'bias')] = p.new_zeros(len(p))  # theirs always have one
+        return config, out
+    if kind == ('rmsnorm', 'rope', 'swiglu') and not c.bias:
+        name = 'Qwen3' if c.qk_norm else 'Llama'
+        config |= {'model_type': name.lower(), 'architectures': [f'{name}ForCausalLM'], 'num_hidden_layers': c.n_layer,
+                   'num_attention_heads': c.n_head, 'num_key_value_heads': attn.n_kv_head, 'head_dim': attn.head_dim,
+                   'hidden_size': c.n_embd, 'intermediate_size': c.n_inner or 4 * c.n_embd, 'hidden_act': 'silu',
+                   'rms_norm_eps': c.norm_eps, 'max_position_embeddings': c.block_size, 'attention_bias': False,
+                   'rope_theta': c.rope_theta, 'rope_parameters': {'rope_theta': c.rope_theta, 'rope_type': 'default'}}
+        out = {}
+        for name, p in state.items():
+            for theirs, ours in LLAMA.items():
+                name = name.replace(ours, theirs)
+            sizes = [n * attn.head_dim for n in (attn.n_head, attn.n_kv_head, attn.n_kv_head)]
+            parts = zip('qkv', p.split(sizes)) if 'c_attn' in name else [('', p)]
+            out |= {name.replace('attn.c_attn', f'self_attn.{x}_proj'): part.contiguous() for x, part in parts}
+        return config, out
+    raise ValueError(f'no class of Hugging Face computes norm {c.norm}, position {c.position}, mlp {c.mlp}, '
+                     f'{"with" if c.bias else "without"} bias{" and qk_norm" * c.qk_norm}')

@@ -4,7 +4,7 @@ Raw data -> examples -> token batches: the way of a batch up to the model, read 
     open_rows      a dataset's name or path -> its rows, {"text": ...} or {"messages": ..., "image_path": ...}
     Examples       row -> example; plain text becomes pictures here, by one of the TASKS read, continue, text
     load_image     any image file -> RGB
-    get_tokenizer  bytes, gpt2 or nanoGPT's meta.pkl, as a tiktoken.Encoding with the special tokens of a conversation
+    get_tokenizer  bytes, gpt2, nanoGPT's meta.pkl or a tokenizer.json, as a tiktoken.Encoding with a conversation's tokens
     tokenize       example -> ids, targets, images; each <image> widened to as many ids as the encoder gives tokens
     collate        examples -> one padded batch
     Batches        the micro-batches of a run, a pure function of (seed, index): resuming needs no loader state
@@ -36,11 +36,13 @@ import random
 import re
 import shutil
 import sys
+import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 from PIL import Image, ImageDraw, ImageOps
@@ -51,6 +53,7 @@ import vision
 from configurator import configure, run
 
 IMAGE, USER, ASSISTANT, END = '<image>', '<|user|>', '<|assistant|>', '<|endoftext|>'
+IM_START, IM_END = '<|im_start|>', '<|im_end|>'  # of ChatML, which models speak that know these tokens
 
 # -----------------------------------------------------------------------------
 # rows
@@ -420,18 +423,44 @@ class StoredFeatures:
 # -----------------------------------------------------------------------------
 # tokenizers
 
-def get_tokenizer(name):
+class Tokenizer(tiktoken.Encoding):
     """
-    A tiktoken.Encoding with the special tokens <image>, <|user|>, <|assistant|> and <|endoftext|>, by name:
+    A tiktoken.Encoding, and what some models' tokenizers do besides:
 
-        bytes         one token a byte: 256 and the special ones; nothing to download, no text it cannot take
-        gpt2          GPT-2's BPE, whose <|endoftext|> (50256) it keeps; tiktoken downloads it once
-        .../meta.pkl  the characters of a nanoGPT dataset; other characters are refused
-        .../words.txt each line of the file a word, one token with and one without a space before it; the rest is bytes
-
-    Raises ValueError for another name, or when the BPE cannot be downloaded.
+        nfc     text is brought into Unicode's normal form C
+        lost    bytes that have no token and are left out, as Hugging Face's tokenizers do; all of them are rare
+        system  what a conversation begins with if it does not say so itself
     """
-    special = {}
+
+    def __init__(self, name, nfc=False, lost=b'', system='', **encoding):
+        super().__init__(name, **encoding)
+        self.nfc, self.lost, self.system = nfc, lost, system
+
+    def __getstate__(self):  # for workers that are not forked
+        return {**super().__getstate__(), 'nfc': self.nfc, 'lost': self.lost, 'system': self.system}
+
+    def encode_ordinary(self, text):
+        text = unicodedata.normalize('NFC', text) if self.nfc else text
+        if not set(self.lost).intersection(text.encode(errors='replace') if self.lost else b''):
+            return super().encode_ordinary(text)
+        pieces = (match[0].encode(errors='replace').translate(None, self.lost) for match in regex.finditer(self._pat_str, text))
+        return [i for piece in pieces if piece for i in self._encode_single_piece(piece)]
+
+
+def get_tokenizer(name, system_prompt='auto'):
+    """
+    A Tokenizer with the special tokens <image> and <|endoftext|>, and those of a conversation, by name:
+
+        bytes           one token a byte: 256 and the special ones; nothing to download, no text it cannot take
+        gpt2            GPT-2's BPE, whose <|endoftext|> (50256) it keeps; tiktoken downloads it once
+        .../meta.pkl    the characters of a nanoGPT dataset; other characters are refused
+        .../words.txt   each line of the file a word, one token with and one without a space before it; the rest is bytes
+        tokenizer.json  of Hugging Face, as a file, a folder with it, or OWNER/NAME on the hub: byte-level BPE, exactly
+
+    system_prompt replaces what conversations begin with according to the model's chat template; 'auto' leaves it.
+    Raises ValueError for another name, when the BPE cannot be downloaded, or cannot be converted exactly.
+    """
+    special, more = {}, {}
     if name == 'bytes':
         pattern, ranks = r'(?s:.)', {bytes([i]): i for i in range(256)}
     elif name == 'gpt2':
@@ -451,11 +480,18 @@ def get_tokenizer(name):
             words = [space + word for word in f.read().split() for space in ('', ' ')]
         tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in words if len(word) > 1]
         pattern, ranks = r' ?[^\W\d_]+|(?s:.)', {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    elif name.endswith('.json') or os.path.isdir(name) or name.count('/') == 1:
+        try:
+            pattern, ranks, special, more = read_bpe(*tokenizer_files(name))
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from error
     else:
-        raise ValueError(f'tokenizer must be bytes, gpt2 or the path of a meta.pkl or words.txt, got {name!r}')
-    for token in (IMAGE, USER, ASSISTANT, END):
-        special.setdefault(token, len(ranks) + len(special))
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        raise ValueError('tokenizer must be bytes, gpt2, the path of a meta.pkl, words.txt or tokenizer.json, or OWNER/NAME on '
+                         f'the hub, got {name!r}')
+    for token in (IMAGE, *((USER, ASSISTANT) if IM_START not in special else ()), END):
+        special.setdefault(token, max([*ranks.values(), *special.values()]) + 1)
+    more |= {} if system_prompt == 'auto' else {'system': system_prompt}
+    return Tokenizer(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special, **more)
 
 
 def read_meta(path):
@@ -478,6 +514,102 @@ def read_meta(path):
     return ranks
 
 
+def tokenizer_files(name):
+    """The paths of tokenizer.json and of the file with the chat template, '' if there is none."""
+    names = 'tokenizer.json', 'chat_template.jinja', 'tokenizer_config.json'
+    if not name.endswith('.json') and not os.path.isdir(name):
+        from huggingface_hub import snapshot_download
+        try:
+            name = snapshot_download(name, allow_patterns=list(names))
+        except Exception as error:  # the hub's client has many of its own
+            raise ValueError("it is not in the cache of huggingface_hub and cannot be downloaded "
+                             f'({type(error).__name__}): connect once, or name a folder with its tokenizer.json') from error
+    folder = os.path.dirname(name) if name.endswith('.json') else name
+    path, *templates = (os.path.join(folder, n) for n in names)
+    return name if name.endswith('.json') else path, next(filter(os.path.isfile, templates), '')
+
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# the same with each digit as a piece of its own; white space before one is not torn apart, for no word follows
+DIGIT_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+
+
+def read_bpe(path, template_path=''):
+    """
+    Hugging Face's tokenizer.json -> (split pattern, {bytes: id}, {special token: id}, further arguments of Tokenizer). Theirs
+    merges the pairs that the file lists, in that order; tiktoken merges whatever gives a token, in the order of ids. Both do
+    the same if the merges' results are all the longer tokens, in order. Raises ValueError for what would not be the same.
+    """
+    try:
+        with open(path, encoding='utf-8') as f:
+            file = json.load(f)
+        model, normalizer, split = file['model'], file.get('normalizer'), file.get('pre_tokenizer') or {}
+        vocab, merges = model['vocab'], [m.split(' ') if isinstance(m, str) else m for m in model['merges']]
+        special = {token['content']: token['id'] for token in file.get('added_tokens') or []}
+    except FileNotFoundError:
+        raise ValueError(f'there is no {path}: name another tokenizer, such as --tokenizer=gpt2') from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is no byte-level BPE that can be read ({type(error).__name__}: {error})') from error
+    wanted = [(model, {'type': 'BPE', 'dropout': None, 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
+                       'byte_fallback': False})]
+    steps = split.get('pretokenizers', [split])
+    kinds = [step.get('type') for step in steps]
+    pattern = {('ByteLevel',): GPT2_SPLIT, ('Digits', 'ByteLevel'): DIGIT_SPLIT}.get(tuple(kinds))
+    if kinds == ['Split', 'ByteLevel']:
+        pattern = steps[0].get('pattern', {}).get('Regex')
+        wanted.append((steps[0], {'behavior': 'Isolated', 'invert': False}))
+    if not pattern:
+        raise ValueError(f'its way of splitting text, {kinds}, is not one that can be converted exactly')
+    wanted.append((steps[-1], {'add_prefix_space': False, 'use_regex': kinds[0] != 'Split'}))
+    wanted += [(steps[0], {'individual_digits': True})] if kinds[0] == 'Digits' else []
+    wanted += [(normalizer, {'type': 'NFC'})] if normalizer else []
+    after = file.get('post_processor') or {}
+    wanted.append((after, {'type': after.get('type') if after.get('type') == 'ByteLevel' else 'TemplateProcessing',
+                           'special_tokens': {}}))
+    for settings, values in wanted:
+        for key, value in values.items():
+            if settings.get(key, value) not in (value, value or None):
+                raise ValueError(f'its {key} is {settings[key]!r}, not {value!r}, which cannot be converted exactly')
+    alphabet = byte_alphabet()
+    try:
+        ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token not in special}
+        made = [vocab[a + b] for a, b in merges]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f'its tokens are not those of a byte-level BPE: {error}') from error
+    if made != sorted(i for token, i in ranks.items() if len(token) > 1):
+        raise ValueError('its merges are not in the order of its tokens, or do not make all of them')
+    lost = bytes(b for b in range(256) if bytes([b]) not in ranks)
+    return pattern, ranks, special, {'nfc': bool(normalizer), 'lost': lost, 'system': default_system(template_path, special)}
+
+
+def byte_alphabet():
+    """{character: byte}: in its files a byte-level BPE writes every byte as a printable character, as GPT-2's encoder.py."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def default_system(path, special):
+    """
+    What the chat template in a file puts before a conversation that has no system message: SmolLM2 is told its name there.
+    Raises ValueError if the template is not that of ChatML, though the tokens are.
+    """
+    if not path or IM_START not in special:
+        return ''
+    with open(path, encoding='utf-8') as f:
+        template = f.read() if path.endswith('.jinja') else json.load(f).get('chat_template') or ''
+    if not template:
+        return ''
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it along
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    said = environment.from_string(template).render(messages=[{'role': 'user', 'content': 'Hi'}], add_generation_prompt=True)
+    found = re.fullmatch(r'(?s:<\|im_start\|>system\n(.*?)<\|im_end\|>\n)?<\|im_start\|>user\nHi<\|im_end\|>\n'
+                         r'<\|im_start\|>assistant\n', said)
+    if not found:
+        raise ValueError(f'its chat template is not the one of ChatML: it makes {said!r} of a user\'s "Hi"')
+    return found[1] or ''
+
+
 def encode(tokenizer, text):
     """Data text -> ids. What looks like a special token in it stays text. ValueError for a character without an id."""
     if tokenizer.name.endswith('.pkl'):
@@ -490,27 +622,42 @@ def encode(tokenizer, text):
 
 
 def decode(tokenizer, ids):
-    """Ids -> text, up to the end token. Bytes that are no UTF-8 become U+FFFD."""
-    end = tokenizer.encode_single_token(END)
-    ids = list(ids)
-    return tokenizer.decode(ids[:ids.index(end)] if end in ids else ids)
+    """Ids -> text, up to the first end token. Bytes that are no UTF-8 become U+FFFD."""
+    return tokenizer.decode(ids[:text_length(tokenizer, ids)])
+
+
+def text_length(tokenizer, ids):
+    """How many ids stand before the first end token."""
+    ends = end_tokens(tokenizer)
+    return next((n for n, i in enumerate(ids) if i in ends), len(ids))
+
+
+def end_tokens(tokenizer):
+    """The ids that end an answer or a text: <|endoftext|>, and ChatML's <|im_end|> where the tokenizer has it."""
+    return [tokenizer._special_tokens[token] for token in (END, IM_END) if token in tokenizer._special_tokens]
 
 
 def drawable_ids(tokenizer, vocab_size):
-    """bool (vocab_size,): the ids that generation may draw: text and the end token, nothing the tokenizer can't decode."""
+    """
+    bool (vocab_size,): the ids that generation may draw: text, the end tokens and what else the tokenizer brought along, but
+    not <image>, <|user|> and <|assistant|>, and nothing that it can't decode.
+    """
     allowed = torch.zeros(vocab_size, dtype=torch.bool)
     allowed[list(tokenizer._mergeable_ranks.values())] = True
-    allowed[tokenizer.encode_single_token(END)] = True
+    allowed[[i for token, i in tokenizer._special_tokens.items() if token not in (IMAGE, USER, ASSISTANT)]] = True
     return allowed
 
 
 # -----------------------------------------------------------------------------
 # example -> ids, targets, images
 
-def segments(example, loss_on, prompt_only=False):
+def segments(example, tokenizer, loss_on, prompt_only=False):
     """
     An example as a list of (text or special token, is_special, learn). <image> is special only as often as there are
-    images. With prompt_only the last answer is left out and its <|assistant|> stands at the end, ready to be continued.
+    images. With prompt_only the last answer is left out and what opens it stands at the end, ready to be continued. A turn is
+
+        <|user|>...                <|assistant|>...<|endoftext|>        or, where the tokenizer has its tokens, ChatML's
+        <|im_start|>user\\n...<|im_end|>\\n      <|im_start|>assistant\\n...<|im_end|>\\n
     """
     loss_on = example.get('loss_on', loss_on)
     if loss_on not in ('assistant', 'all', 'postfix'):
@@ -525,24 +672,33 @@ def segments(example, loss_on, prompt_only=False):
                 out.append((IMAGE, True, False) if has_images else (filling, False, False))
             out.append((part, False, loss_on != 'postfix' or i == len(parts) - 1))
         return out if prompt_only else out + [(END, True, True)]
-    messages, system = list(example['messages']), ''
-    if messages and messages[0]['role'] == 'system':
+    messages, chatml, system = list(example['messages']), IM_START in tokenizer._special_tokens, ''
+    if messages and messages[0]['role'] == 'system' and not chatml:
         system = messages.pop(0)['content'] + '\n\n'
+    elif messages and messages[0]['role'] != 'system' and tokenizer.system:
+        messages.insert(0, {'role': 'system', 'content': tokenizer.system})
     if prompt_only and messages and messages[-1]['role'] == 'assistant':
         messages.pop()
-    for message in messages:
+    for place, message in enumerate(messages):
         role, content = message['role'], message['content']
-        if role not in ('user', 'assistant'):
+        if role not in ('user', 'assistant') and not (role == 'system' and chatml and not place):
             raise ValueError(f'a message is by "user" or "assistant" (and a first one by "system"), got {role!r}')
-        learn = loss_on == 'all' or role == 'assistant'
-        out.append((USER if role == 'user' else ASSISTANT, True, loss_on == 'all'))
+        everything, learn = loss_on == 'all', loss_on == 'all' or role == 'assistant'
+        if chatml:
+            out += [(IM_START, True, everything), (f'{role}\n', False, everything)]
+        else:
+            out.append((USER if role == 'user' else ASSISTANT, True, everything))
         content, system = system + content, ''
         parts = content.split(IMAGE) if has_images else [content]
         for i, part in enumerate(parts):
             out += [(IMAGE, True, False)] if i else []
             out.append((part, False, learn))
-        out += [(END, True, learn)] if role == 'assistant' else []
-    return out + [(ASSISTANT, True, False)] if prompt_only else out
+        if chatml:
+            out += [(IM_END, True, learn), ('\n', False, everything)]
+        elif role == 'assistant':
+            out.append((END, True, learn))
+    opening = [(IM_START, True, False), ('assistant\n', False, False)] if chatml else [(ASSISTANT, True, False)]
+    return out + opening if prompt_only else out
 
 
 def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False, features=None):
@@ -561,7 +717,7 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     images = [features[source] if features and isinstance(source, str) else vision.preprocess(load_image(source), config)
               for source in sources]
     ids, learn, left, positions = [], [], list(images), 0
-    for text, is_special, learnt in segments(example, loss_on, prompt_only):
+    for text, is_special, learnt in segments(example, tokenizer, loss_on, prompt_only):
         if text == IMAGE and is_special:
             if not left:
                 raise ValueError(f'more <image> places than images ({len(images)})')

@@ -8,6 +8,8 @@ What you do with a trained model: ask it, chat with it, score it. The answer alo
     $ python sample.py --image a.png --logprobs                              # how sure is it, and of which words not?
     $ python sample.py --out_dir=out/text_bytes --prompt "The with statement" --temperature=0.8 --num_samples=3
     $ python sample.py --eval=data/mine/val.jsonl                            # greedy CER and exact match, CSV, pictures
+    $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --interactive     # a text model, as it is
+    $ python sample.py --out_dir=out/mine --export=DIR                       # safetensors, the text part for transformers
 """
 
 import csv
@@ -15,21 +17,24 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import render
 from configurator import configure, run
-from model import GPT, load_checkpoint
-from prepare_data import (END, IMAGE, Examples, JsonLines, collate, decode, drawable_ids, get_tokenizer,
-                          held_out_examples, load_image, tokenize)
+from model import GPT, GPT2, load_checkpoint, to_hugging_face
+from prepare_data import (ASSISTANT, IM_START, IMAGE, Examples, JsonLines, collate, decode, drawable_ids, end_tokens,
+                          get_tokenizer, held_out_examples, load_image, text_length, tokenize, tokenizer_files)
 
 # -----------------------------------------------------------------------------
+init_from = 'resume'     # out_dir's checkpoint; or a text model of Hugging Face's, by name or folder, as in train.py
 out_dir = 'out'          # where train.py has left its checkpoint
-checkpoint = 'ckpt.pt'   # or ckpt_best.pt
+checkpoint = 'ckpt.pt'   # or ckpt_best.pt, or the glimpse.safetensors of an export
 image = ()               # one or more image files, or one folder: each of its images is asked about
 prompt = ''              # the question; <image> in it says where the images stand, else they stand first
 interactive = False      # a conversation: every line you type is a turn, an empty one ends it
@@ -44,8 +49,10 @@ chat = 'auto'            # yes: the prompt is a turn of a conversation; no: a te
 eval = ''                # a .jsonl file or dataset: score its answers instead
 eval_samples = 512       # score at most as many
 batch_size = 64          # of the evaluation
+export = ''              # a new folder to write the model to: the text part for Hugging Face's classes, and all of it
 device = ''              # cuda, mps or cpu; '' finds out by itself
-tokenizer = ''           # bytes, gpt2, a meta.pkl or words.txt; '' takes the checkpoint's
+dtype = ''               # float32, bfloat16 or float16; '' takes bfloat16 on CUDA, else float32
+tokenizer = ''           # as in train.py; '' takes the checkpoint's
 vision_encoder = ''      # where a frozen encoder's weights are now, if the file they came from has moved
 # -----------------------------------------------------------------------------
 
@@ -65,9 +72,8 @@ def answer(model, tokenizer, examples, max_new_tokens, temperature=0.0, top_k=0,
     device = model.lm_head.weight.device
     batch = collate([tokenize(e, tokenizer, model.config, prompt_only=True, features=features) for e in examples], model.config)
     images = tuple(t.to(device) for t in batch['images']) if any(e.get('images') for e in examples) else None
-    end = tokenizer.encode_single_token(END)
     out = model.generate(batch['idx'].to(device), max_new_tokens, temperature, top_k, top_p, images, batch['lengths'],
-                         end_token=end, generator=generator, return_logprobs=return_logprobs,
+                         end_token=end_tokens(tokenizer), generator=generator, return_logprobs=return_logprobs,
                          allowed=drawable_ids(tokenizer, model.config.vocab_size).to(device))
     tokens, sure = out if return_logprobs else (out, out)
     rows = [(row[n:].tolist(), p[n:].tolist()) for row, p, n in zip(tokens, sure, batch['lengths'])]
@@ -75,7 +81,7 @@ def answer(model, tokenizer, examples, max_new_tokens, temperature=0.0, top_k=0,
         return [decode(tokenizer, ids) for ids, _ in rows]
     answers = []
     for ids, p in rows:
-        n = ids.index(end) if end in ids else len(ids)
+        n = text_length(tokenizer, ids)
         drawn = p[:n + 1]  # that it ended there is part of the answer, too
         answers.append((decode(tokenizer, ids), sum(drawn) / max(1, len(drawn)), mark_doubts(tokenizer, ids[:n], p)))
     return answers
@@ -142,20 +148,32 @@ def answer_sheet(examples, predictions):
 # -----------------------------------------------------------------------------
 
 def load():
-    """The model of out_dir/checkpoint in eval mode on the device, its tokenizer, and the knobs it was trained with."""
-    path = os.path.join(out_dir, checkpoint)
-    state = load_checkpoint(path)
-    moved = {'vision_encoder': vision_encoder} if vision_encoder else {}
-    # lora_rank 0 merges the updates: the same answers, faster
-    model = GPT.from_state(state, path, dropout=0.0, lora_rank=0, **moved).to(device or find_device()).eval()
+    """The model in eval mode on the device, its tokenizer, and the knobs it was trained with."""
+    if init_from == 'resume':
+        path = os.path.join(out_dir, checkpoint)
+        state = load_checkpoint(path)
+        moved = {'vision_encoder': vision_encoder} if vision_encoder else {}
+        # lora_rank 0 merges the updates: the same answers, faster
+        model = GPT.from_state(state, path, dropout=0.0, lora_rank=0, **moved)
+        named = state.get('config', {}).get('tokenizer') or 'gpt2'
+    else:
+        path, state, named = init_from, {}, 'gpt2' if init_from in GPT2 else init_from
+        model = GPT.from_pretrained(init_from)
     config = SimpleNamespace(**state.get('config', {}))
-    encoding = get_tokenizer(tokenizer or getattr(config, 'tokenizer', 'gpt2'))
-    if encoding.n_vocab > model.config.vocab_size:
-        raise ValueError(f'the tokenizer {encoding.name} has {encoding.n_vocab} ids, the model only '
+    encoding = get_tokenizer(tokenizer or named, getattr(config, 'system_prompt', 'auto'))
+    place = device or find_device()
+    kind = getattr(torch, dtype or ('bfloat16' if place.startswith('cuda') else 'float32'))
+    for part, named_parameters in model.parts().items():
+        for p in named_parameters.values():  # the eyes stay as precise as they were trained
+            p.data = p.data.to(kind if part == 'gpt' else torch.float32)
+    model.to(place).eval()
+    needed = 1 + max([*encoding._mergeable_ranks.values(), *end_tokens(encoding)])
+    if needed > model.config.vocab_size:
+        raise ValueError(f'the tokenizer {encoding.name} has {needed} ids, the model only '
                          f'{model.config.vocab_size}: name the one it was trained with by --tokenizer')
-    print(f'{path}: iteration {state.get("iter_num")}, {model.get_num_params() / 1e6:.2f}M parameters', file=sys.stderr)
-    config.chat = state.get('chat', True)
-    return model, encoding, config
+    print(f'{path}: iteration {state.get("iter_num", 0)}, {model.get_num_params() / 1e6:.2f}M parameters', file=sys.stderr)
+    config.chat = state.get('chat', IM_START in encoding._special_tokens)
+    return model, encoding, config, torch.autocast(place.split(':')[0], kind, enabled=kind != torch.float32)
 
 
 def say(found, prefix=''):
@@ -271,23 +289,54 @@ def evaluate(model, encoding, config):
     print(json.dumps({'n': len(examples), **score(predictions, [reference(e) for e in examples])}))
 
 
+def export_model(model, encoding, config):
+    """
+    Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, with tokenizer.json if
+    it came from one; and glimpse.safetensors, the whole model, which --checkpoint and --init_from read.
+    """
+    if os.path.isdir(export) and os.listdir(export):
+        raise ValueError(f'--export={export} is not empty: name a new folder')
+    settings, text = to_hugging_face(model)
+    os.makedirs(export, exist_ok=True)
+    with open(os.path.join(export, 'config.json'), 'w', encoding='utf-8') as f:
+        json.dump({**settings, 'eos_token_id': end_tokens(encoding)}, f, indent=2)
+    save_file(text, os.path.join(export, 'model.safetensors'), metadata={'format': 'pt'})
+    # a frozen tower comes along, and needs no other file then; what is tied is stored once
+    state = {name: p.contiguous() for name, p in model.state_dict().items()
+             if not (name == 'lm_head.weight' and model.config.tied)}
+    about = {'model_args': {**vars(model.config), 'vision_fingerprint': ''}, 'chat': config.chat,
+             'config': {**vars(config), 'tokenizer': encoding.name}}
+    save_file(state, os.path.join(export, 'glimpse.safetensors'), metadata={'glimpse': json.dumps(about)})
+    if encoding.name not in ('bytes', 'gpt2') and not encoding.name.endswith(('.pkl', '.txt')):
+        for path in filter(None, tokenizer_files(encoding.name)):
+            shutil.copy(path, export)
+    print(f'{export}: {", ".join(sorted(os.listdir(export)))}', file=sys.stderr)
+
+
 def main():
     configure(globals())
     if chat not in ('auto', 'yes', 'no'):
         raise ValueError(f'--chat must be auto, yes or no, got {chat!r}')
-    model, encoding, config = load()
+    if dtype not in ('', 'float32', 'bfloat16', 'float16'):
+        raise ValueError(f'--dtype must be float32, bfloat16 or float16, got {dtype!r}')
+    model, encoding, config, autocast = load()
     # a model that was trained to go on with texts has never seen the tokens of a conversation
     as_chat = chat == 'yes' or chat == 'auto' and config.chat
+    if as_chat and encoding._special_tokens.get(ASSISTANT, 0) >= model.config.vocab_size:
+        raise ValueError(f'{init_from} has no tokens for a conversation: --chat=no goes on with the prompt as a text')
     if image and not model.config.vision_encoder:
         raise ValueError(f'the model in {out_dir} is blind: it was trained without a vision_encoder')
-    if eval:
-        evaluate(model, encoding, config)
-    elif len(image) == 1 and os.path.isdir(image[0]):
-        caption_folder(model, encoding, image[0], as_chat)
-    elif interactive:
-        converse(model, encoding)
-    else:
-        ask(model, encoding, as_chat)
+    with autocast:
+        if export:
+            export_model(model, encoding, config)
+        elif eval:
+            evaluate(model, encoding, config)
+        elif len(image) == 1 and os.path.isdir(image[0]):
+            caption_folder(model, encoding, image[0], as_chat)
+        elif interactive:
+            converse(model, encoding)
+        else:
+            ask(model, encoding, as_chat)
 
 
 if __name__ == '__main__':

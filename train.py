@@ -10,8 +10,10 @@ The one training loop: a GPT, with or without eyes, on text, on pictures of text
 Writes to out_dir: ckpt.pt (newest), ckpt_best.pt (lowest val_loss), log.jsonl and samples.png.
 """
 
+import atexit
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -27,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, run
-from model import GPT, GPTConfig, load_checkpoint, read_weights
+from model import GPT, GPTConfig, is_pretrained, load_checkpoint, read_weights
 from prepare_data import (IMAGE, Batches, Examples, StoredFeatures, collate, get_tokenizer, held_out_examples, load_image,
                           open_rows, parse_tasks, tokenize)
 from sample import answer, answer_sheet, find_device, is_question, question, reference, score
@@ -35,7 +37,8 @@ from sample import answer, answer_sheet, find_device, is_question, question, ref
 # -----------------------------------------------------------------------------
 # run
 out_dir = 'out'
-init_from = 'scratch'          # scratch, resume (from out_dir), gpt2 to gpt2-xl, a folder with one, or a checkpoint's path
+init_from = 'scratch'          # scratch, resume (from out_dir), a checkpoint's path, or a model of Hugging Face's: gpt2 to
+#                                gpt2-xl, OWNER/NAME or a folder with a GPT-2, Llama (SmolLM2) or Qwen3
 eval_interval = 500            # steps between two evaluations, each with a checkpoint
 log_interval = 10              # steps between two lines of log.jsonl
 eval_iters = 8                 # micro-batches for each loss of an evaluation
@@ -51,7 +54,9 @@ wandb_run_name = ''
 # data
 dataset = 'pydoc'              # pydoc, a file or folder of text, or data/NAME (see prepare_data.py)
 text_dataset = ''              # plain text for text_loss; '' takes the dataset's own, or pydoc if it is of conversations
-tokenizer = 'bytes'            # bytes, gpt2, or the path of a nanoGPT meta.pkl or of a words.txt
+tokenizer = ''                 # bytes, gpt2, the path of a nanoGPT meta.pkl, words.txt or tokenizer.json, or OWNER/NAME on
+#                                the hub; '' takes that of init_from, and bytes from scratch
+system_prompt = 'auto'         # what conversations in ChatML begin with; auto: as the chat template of the model says
 tasks = 'read:1'               # what plain text becomes: read, continue, text, with weights: 'read:0.8 text:0.2'
 loss_on = 'assistant'          # of conversations, learn the assistant's words, or 'all'
 gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
@@ -79,12 +84,23 @@ n_head = 12
 n_embd = 768
 dropout = 0.0                  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False                   # do we use bias inside LayerNorm and Linear layers?
+norm = 'layernorm'             # or rmsnorm. GPT-2's way is the default; for Llama's: rmsnorm, rope, swiglu
+norm_eps = 1e-5
+position = 'learned'           # or rope
+rope_theta = 10000.0
+mlp = 'gelu'                   # or swiglu
+n_inner = 0                    # width of the MLP; 0: 4 * n_embd
+n_kv_head = 0                  # heads of keys and values, fewer than n_head for grouped-query attention; 0: n_head
+head_dim = 0                   # width of a head; 0: n_embd / n_head
+qk_norm = False                # RMSNorm on queries and keys
+tied = True                    # the token embeddings are the head's weights, too
 lora_rank = 0                  # > 0: the GPT keeps its weights, and only an update of this rank of each Linear is trained
 lora_alpha = 16.0              # the updates are scaled by lora_alpha / lora_rank
 lora_dropout = 0.0
 # vision
 vision_encoder = ''            # '' for a text-only GPT, vit for the small ViT trained from scratch, or a tower by name:
 #                                ViT-L-14-quickgelu/openai, timm/vit_small_patch14_dinov2.lvd142m (see vision.py)
+vision_from = ''               # a checkpoint whose small ViT, trained under another GPT, becomes this model's
 connector = 'mlp'              # linear, mlp, or pool
 pool_size = 2                  # connector pool: k x k patches become one token
 patch_height = 16
@@ -145,6 +161,21 @@ def start_processes(config):
     return place
 
 
+def find_tokenizer(config):
+    """The tokenizer's name: the run's own, or that of the model it starts from."""
+    source = config.init_from
+    if config.tokenizer or source == 'scratch':
+        return config.tokenizer or 'bytes'
+    if is_pretrained(source) and source != 'resume':
+        return 'gpt2' if source.startswith('gpt2') and not os.path.isdir(source) else source
+    path = os.path.join(config.out_dir, 'ckpt.pt') if source == 'resume' else source
+    name = load_checkpoint(path).get('config', {}).get('tokenizer')
+    if not name:
+        raise ValueError(f'{path} does not say which tokenizer it was trained with: name it, as --tokenizer=gpt2, or '
+                         '--tokenizer=data/NAME/meta.pkl of a nanoGPT character dataset')
+    return name
+
+
 def build_model(config, tokenizer):
     """The model as init_from says, and the checkpoint to resume from, or None."""
     if config.init_from == 'scratch':
@@ -179,29 +210,45 @@ def adopt_model(config, tokenizer):
     source = config.init_from
     args, state, base = read_weights(source)
     known = vars(GPTConfig(**args))
-    # the tokenizer has to be the source's: its ids, padded to a multiple of 64 at most, and glimpse's special tokens
+    # the tokenizer has to be the source's: its ids, some special tokens, and a few rows of padding
     text_ids, image_token = len(tokenizer._mergeable_ranks), tokenizer.encode_single_token(IMAGE)
-    if not 0 <= known['vocab_size'] - text_ids <= 64 or known['vision_encoder'] and known['image_token'] != image_token:
+    spare = known['vocab_size'] - text_ids
+    if not 0 <= spare <= max(64, text_ids // 256) or known['vision_encoder'] and known['image_token'] != image_token:
         raise ValueError(f'{source} was not trained with the tokenizer {tokenizer.name}: it has {known["vocab_size"]} tokens, '
                          f'the tokenizer {text_ids} and its special ones; name the one it was trained with by --tokenizer')
     changes = {key: getattr(config, key) for key in ('dropout', 'block_size', 'lora_rank', 'lora_alpha', 'lora_dropout')}
     if tokenizer.n_vocab > known['vocab_size']:
         changes['vocab_size'] = -(-tokenizer.n_vocab // 64) * 64
     asked = {key: getattr(config, key) for key in known if hasattr(config, key) and key not in changes}
+    eyes = None
     if config.vision_encoder and not known['vision_encoder']:
         names = list(known)  # the eyes are new: what GPTConfig lists from vision_encoder on is as this run says
         changes |= {key: asked.pop(key) for key in names[names.index('vision_encoder'):] if key in asked}
         changes['image_token'] = image_token
+        if config.vision_from:  # or as another model's are
+            shape, eyes, _ = read_weights(config.vision_from)
+            if shape.get('vision_encoder') != 'vit':
+                raise ValueError(f'vision_from={config.vision_from} has no small ViT to take over')
+            asked |= {key: changes[key] for key in VIT}
+            changes |= {key: shape.get(key, known[key]) for key in VIT}
+            known |= {key: changes[key] for key in VIT}
     elif config.vision_encoder not in ('', known['vision_encoder']):
         raise ValueError(f'{source} already has eyes, {known["vision_encoder"]!r}, and this run asks for '
                          f'{config.vision_encoder!r}: start from a text model, or leave vision_encoder as it is')
     kept = {key: known[key] for key, value in asked.items() if known[key] != value}
     model = GPT.from_weights(args, state, base, source, **changes)
+    if eyes:
+        model.take_encoder(eyes)
     if int(os.environ.get('RANK', 0)) == 0:
         print(f'{source}:\n{model.changes}', file=sys.stderr)
         if kept:
             print('as in the checkpoint: ' + ', '.join(f'{key} {value!r}' for key, value in kept.items()), file=sys.stderr)
     return model
+
+
+# what makes a small ViT, and how it wants to see a picture
+VIT = ('vision_encoder', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'vision_n_layer', 'vision_n_head',
+       'vision_n_embd')
 
 
 def get_lr_scale(it, config):
@@ -265,7 +312,7 @@ class Evaluation:
             batch = collate([tokenize(e, self.tokenizer, self.model_config, self.config.loss_on, features=self.features)
                              for e in examples[i:i + size]], self.model_config)
             with autocast:
-                total[0] += model(*to_device(batch, self.place.device), 'sum')[1].item()
+                total[0] += model(*to_device(batch, self.place.device), 'sum', False)[1].item()
             total[1] += (batch['targets'] >= 0).sum()
         if self.place.ddp:
             total = total.to(self.place.device, torch.float32 if self.place.device_type == 'mps' else torch.float64)
@@ -411,9 +458,12 @@ class Log:
 # the loop
 
 def quiet_worker(_):
-    """A loader's process leaves Ctrl-C and SIGTERM to the training process, which saves first and ends it then."""
+    """
+    A loader's process leaves Ctrl-C and SIGTERM, which a scheduler sends to all processes at once, to the training process:
+    that one saves first, and takes the loaders along when it leaves.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def open_loader(rows, config, tokenizer, model_config, place, iter_num, features=None):
@@ -421,6 +471,7 @@ def open_loader(rows, config, tokenizer, model_config, place, iter_num, features
     accumulation = config.gradient_accumulation_steps
     examples = Examples(rows, config, config.seed, growing=config.grow_iters * accumulation * config.batch_size)
     batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on, features)
+    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
     order = (step * accumulation + micro for step in range(iter_num, config.max_iters)
              for micro in range(place.rank, accumulation, place.world))
     return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, num_workers=config.num_workers,
@@ -448,7 +499,7 @@ def train_step(model, optimizers, scaler, batches, autocast, config, place, stop
         if place.ddp:  # gradients travel once a step, with the last micro-batch
             model.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
-            _, loss = model(*to_device(batch, place.device), 'sum')
+            _, loss = model(*to_device(batch, place.device), 'sum', False)
         summed += loss.detach()
         scaler.scale(loss * (place.world / targets)).backward()  # DDP averages over ranks: times world is the sum
     if place.ddp:
@@ -472,13 +523,17 @@ class Run:
         self.place = place = start_processes(config)
         torch.manual_seed(config.seed)
         rows = open_rows(config.dataset, 'train')  # first of all: a missing dataset shows at once
-        tokenizer = get_tokenizer(config.tokenizer)
+        config.tokenizer = find_tokenizer(config)
+        tokenizer = get_tokenizer(config.tokenizer, config.system_prompt)
         self.chat = 'messages' in rows[0] or not rows[0].get('images') and 'read' in parse_tasks(config.tasks)
         self.raw_model, checkpoint = build_model(config, tokenizer)
         self.raw_model.to(place.device)
         self.optimizers = self.raw_model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), place.device_type, config.vision_lr,
             config.connector_lr, config.optimizer, config.muon_lr)
+        for p in self.raw_model.parts()['gpt'].values():
+            if not p.requires_grad:  # what only computes is kept in the dtype it computes in
+                p.data = p.data.to(getattr(torch, place.dtype))
         self.scaler = torch.amp.GradScaler(place.device_type, enabled=place.dtype == 'float16')
         self.autocast = torch.autocast(place.device_type, getattr(torch, place.dtype), enabled=place.dtype != 'float32')
         self.iter_num, self.best_val_loss = 0, math.inf

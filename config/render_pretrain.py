@@ -12,7 +12,7 @@ take ten times as much.
 """
 out_dir = 'out/render_pretrain'
 dataset = 'fineweb'
-tokenizer = 'gpt2'
+tokenizer = ''          # that of init_from; gpt2's from scratch needs --tokenizer=gpt2
 tasks = 'continue:0.8 text:0.2'
 # 0.1 to 0.4 of at most 1024 tokens become a picture that starts anywhere
 infix_min = 0.1

@@ -30,6 +30,10 @@ TINY = ['--dataset=pydoc', '--vision_encoder=vit', '--connector=linear', '--n_la
         '--min_lr=1e-4', '--num_workers=0', '--device=cpu', '--compile=False', '--optimizer=muon']
 
 
+# what makes a GPT of Llama's kind of it
+LLAMA = dict(norm='rmsnorm', position='rope', mlp='swiglu', n_kv_head=1, bias=False)
+
+
 def tiny_config(**changes):
     """A GPTConfig with eyes whose forward pass takes a millisecond."""
     args = dict(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=32, vision_encoder='vit', connector='linear',
@@ -38,10 +42,10 @@ def tiny_config(**changes):
     return GPTConfig(**{**args, **changes})
 
 
-@pytest.fixture
-def tiny_model():
-    """The same tiny model for everyone, with weights large enough that everything it sees makes a difference."""
-    return make_model()
+@pytest.fixture(params=['gpt2', 'llama'])
+def tiny_model(request):
+    """Tiny models, the same for everyone, with weights large enough that everything they see makes a difference."""
+    return make_model(**(LLAMA if request.param == 'llama' else {}))
 
 
 def make_model(**changes):

@@ -159,10 +159,12 @@ def test_gpt2_that_is_not_what_it_should_be_is_refused(gpt2, tmp_path):
     assert 'transformer.wte.weight is (211, 32), not (211, 64)' in message()
     copy_of(folder, x, n_layer=3)
     assert 'missing transformer.h.2.ln_1.weight' in message()
-    copy_of(folder, x, model_type='llama')
-    assert "its model_type is 'llama', not 'gpt2'" in message()
+    copy_of(folder, x, model_type='bert')
+    assert "this GPT computes gpt2, llama, qwen3, not 'bert'" in message()
     copy_of(folder, x, activation_function='relu')
     assert "activation_function is 'relu'" in message()
+    copy_of(folder, x, scale_attn_by_inverse_layer_idx=True)
+    assert 'its scale_attn_by_inverse_layer_idx is True, not False' in message()
     copy_of(folder, x)
     data = (x / 'model.safetensors').read_bytes()
     (x / 'model.safetensors').write_bytes(data[:len(data) // 2])
@@ -172,19 +174,19 @@ def test_gpt2_that_is_not_what_it_should_be_is_refused(gpt2, tmp_path):
     (x / 'config.json').write_text('{"model_type":')
     assert 'may have been cut off' in message()
     copy_of(folder, x)
-    (x / 'config.json').write_text('{"n_layer": 2}')
-    assert 'is not the configuration of a GPT-2: it has no model_type, n_head' in message()
+    (x / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 2}')
+    assert "is no complete configuration of a gpt2: it has no 'n_head'" in message()
 
 
 def test_gpt2_by_name_without_a_network_says_what_to_do(tmp_path, monkeypatch):
     import huggingface_hub
 
-    def offline(repository, file):
+    def offline(repository, allow_patterns):
         assert repository == 'openai-community/gpt2-medium'
         raise huggingface_hub.errors.LocalEntryNotFoundError('offline')
 
-    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', offline)
-    process = train(tmp_path, '--init_from=gpt2-medium')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
+    process = train(tmp_path, '--init_from=gpt2-medium', '--tokenizer=bytes')
     refused(process, 'gpt2-medium is not in the cache', '--init_from=FOLDER')
 
 
@@ -209,10 +211,12 @@ def test_a_nanogpt_checkpoint_trains_on_pictures_and_its_text_loss_is_watched(tm
 
 
 def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
+    start = [f'--init_from={tmp_path}/ckpt.pt', '--tokenizer=bytes']
     nanogpt(tmp_path / 'ckpt.pt', 50304)
-    refused(train(tmp_path / 'out', f'--init_from={tmp_path}/ckpt.pt'), 'not trained with the tokenizer bytes')
+    refused(train(tmp_path / 'out', *start), 'not trained with the tokenizer bytes')
     nanogpt(tmp_path / 'ckpt.pt', 103)
-    refused(train(tmp_path / 'out', f'--init_from={tmp_path}/ckpt.pt'), 'not trained with the tokenizer bytes')
+    refused(train(tmp_path / 'out', *start), 'not trained with the tokenizer bytes')
+    refused(train(tmp_path / 'out', *start[:1]), 'does not say which tokenizer it was trained with: name it')
 
 
 def test_other_eyes_than_a_checkpoint_has_are_refused_and_its_own_are_kept(run_dir, tmp_path):

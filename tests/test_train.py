@@ -109,9 +109,10 @@ def test_a_text_only_gpt_trains(tmp_path):
     assert not any(k.startswith('vision') for k in weights(tmp_path))
 
 
-# those that start from GPT-2 and CLIP are in test_towers.py
+# those that start from published models are in test_towers.py and test_pretrained.py
 @pytest.mark.parametrize('config', sorted({p.name for p in (ROOT / 'config').iterdir()} -
-                                          {'vlm_align.py', 'vlm_sft.py', 'vlm_sft_lora.py'}))
+                                          {'vlm_align.py', 'vlm_sft.py', 'vlm_sft_lora.py', 'vlm_smollm2.py',
+                                           'vlm_smollm2_lora.py', 'read_smollm2_cpu.py'}))
 def test_every_recipe_runs_at_a_reduced_size(tmp_path, config):
     small = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vision_n_layer=1', '--vision_n_head=2', '--vision_n_embd=32',
              '--batch_size=2', '--gradient_accumulation_steps=1', '--block_size=4096', '--max_iters=2', '--eval_interval=2',
@@ -209,18 +210,21 @@ def test_a_run_killed_at_several_moments_ends_like_one_that_was_not(tmp_path, pr
     assert read_log(tmp_path / 'whole') == read_log(out_dir)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_before_it_ends_the_run_and_the_run_goes_on_exactly(tmp_path, number):
+@pytest.mark.parametrize('number, to_all', [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_a_signal_saves_before_it_ends_the_run_and_the_run_goes_on_exactly(tmp_path, number, to_all):
     whole = train(tmp_path / 'whole', *RESUME, processes=1)
     assert whole.returncode == 0, whole.stderr
     out_dir = tmp_path / 'stopped'
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     process = subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *TINY, *RESUME, f'--out_dir={out_dir}'],
-                               env=env, stderr=subprocess.PIPE, text=True)
+                               env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = out_dir / 'log.jsonl'
     while process.poll() is None and not (log.exists() and '"loss"' in log.read_text()):
         time.sleep(0.02)
-    process.send_signal(number)
+    if to_all:  # schedulers do not spare the loader's processes
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + number and 'go on with --init_from=resume' in stderr and 'Traceback' not in stderr
     assert 0 < last_iter(out_dir) < 60
