@@ -10,6 +10,8 @@ It is nanoGPT's model with nanoGPT's names, and these additions:
     surgery     a text model that is loaded gains eyes, tokens and positions, and says in a table what it gained
     layouts     the names and files under which Hugging Face keeps GPT-2, Llama (SmolLM2) and Qwen3, read and written
 
+To read it as nanoGPT's is read, stop at "surgery and loading": what follows is about files.
+
 References:
 1) nanoGPT: https://github.com/karpathy/nanoGPT/blob/master/model.py
 2) the official GPT-2 implementation: https://github.com/openai/gpt-2/blob/master/src/model.py

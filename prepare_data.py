@@ -550,25 +550,24 @@ def read_bpe(path, template_path=''):
         raise ValueError(f'there is no {path}: name another tokenizer, such as --tokenizer=gpt2') from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is no byte-level BPE that can be read ({type(error).__name__}: {error})') from error
-    wanted = [(model, {'type': 'BPE', 'dropout': None, 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
-                       'byte_fallback': False})]
     steps = split.get('pretokenizers', [split])
-    kinds = [step.get('type') for step in steps]
-    pattern = {('ByteLevel',): GPT2_SPLIT, ('Digits', 'ByteLevel'): DIGIT_SPLIT}.get(tuple(kinds))
-    if kinds == ['Split', 'ByteLevel']:
-        pattern = steps[0].get('pattern', {}).get('Regex')
-        wanted.append((steps[0], {'behavior': 'Isolated', 'invert': False}))
-    if not pattern:
+    kinds, last = [step.get('type') for step in steps], {'add_prefix_space': True, 'use_regex': True, **steps[-1]}
+    patterns = {'ByteLevel': GPT2_SPLIT, 'Digits ByteLevel': DIGIT_SPLIT,
+                'Split ByteLevel': steps[0].get('pattern', {}).get('Regex')}
+    pattern = patterns.get(' '.join(map(str, kinds)))
+    probe = 'aÉ日 12½ \t\r\n  x\'s!?…\u0301🙂\x00\u200b'  # theirs keeps what the pattern does not match, tiktoken's drops it
+    if not pattern or ''.join(match[0] for match in regex.finditer(pattern, probe)) != probe:
         raise ValueError(f'its way of splitting text, {kinds}, is not one that can be converted exactly')
-    wanted.append((steps[-1], {'add_prefix_space': False, 'use_regex': kinds[0] != 'Split'}))
-    wanted += [(steps[0], {'individual_digits': True})] if kinds[0] == 'Digits' else []
-    wanted += [(normalizer, {'type': 'NFC'})] if normalizer else []
     after = file.get('post_processor') or {}
-    wanted.append((after, {'type': after.get('type') if after.get('type') == 'ByteLevel' else 'TemplateProcessing',
-                           'special_tokens': {}}))
-    for settings, values in wanted:
-        for key, value in values.items():
-            if settings.get(key, value) not in (value, value or None):
+    if after.get('type') not in (None, 'ByteLevel', 'TemplateProcessing') or after.get('special_tokens'):
+        raise ValueError('its post_processor adds tokens to every text, which cannot be converted exactly')
+    for settings, wanted in (
+            (model, {'type': 'BPE', 'dropout': None, 'byte_fallback': False, 'continuing_subword_prefix': None,
+                     'end_of_word_suffix': None}),
+            (normalizer or {}, {'type': 'NFC'}), (last, {'add_prefix_space': False, 'use_regex': kinds[0] != 'Split'}),
+            (steps[0], {'individual_digits': True, 'behavior': 'Isolated', 'invert': False})):
+        for key, value in wanted.items():
+            if (settings.get(key, value) or None) != (value or None):  # an empty suffix is none
                 raise ValueError(f'its {key} is {settings[key]!r}, not {value!r}, which cannot be converted exactly')
     alphabet = byte_alphabet()
     try:
@@ -602,7 +601,11 @@ def default_system(path, special):
         return ''
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # torch brings it along
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    said = environment.from_string(template).render(messages=[{'role': 'user', 'content': 'Hi'}], add_generation_prompt=True)
+    hello = [{'role': 'user', 'content': 'Hi'}]
+    try:
+        said = environment.from_string(template).render(messages=hello, add_generation_prompt=True)
+    except Exception as error:  # whatever somebody's program raises
+        raise ValueError(f'its chat template cannot be rendered ({type(error).__name__}: {error})') from error
     found = re.fullmatch(r'(?s:<\|im_start\|>system\n(.*?)<\|im_end\|>\n)?<\|im_start\|>user\nHi<\|im_end\|>\n'
                          r'<\|im_start\|>assistant\n', said)
     if not found:

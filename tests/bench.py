@@ -3,7 +3,7 @@ Speed and memory on this machine: not a test, a measurement. Medians of several 
 
     $ python tests/bench.py                      # the quickstart's model; the knobs of train.py change it: --batch_size=32
     $ python tests/bench.py features             # a frozen ViT-B-32 running in every step, and its features stored once
-    $ python tests/bench.py vlm                  # GPT-2 with ViT-B/16 and ViT-L/14: a step's time and memory by batch
+    $ python tests/bench.py vlm                  # GPT-2 with CLIP, SmolLM2 with SigLIP: a step's time and memory by batch
 
 Towers have random weights here: they cost what trained ones cost.
 """
@@ -103,7 +103,7 @@ def step_of(config, idx, targets, images):
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), 'cpu', vision_lr=0)[0]
 
     def step():
-        model(idx, targets, images(model))[1].backward()
+        model(idx, targets, images(model), return_logits=False)[1].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -134,23 +134,33 @@ def features():
 
 def vlm():
     """One row for each encoder and batch, each in a process of its own: memory does not come back otherwise."""
-    print(f'{"GPT-2 and":<24}{"batch":>6}{"s a step":>10}{"GiB at most":>13}')
-    for name in ('ViT-B-16-quickgelu', 'ViT-L-14-quickgelu'):
+    print(f'{"":<32}{"image tokens":>14}{"batch":>6}{"s a step":>10}{"GiB at most":>13}')
+    for row in (('gpt2', 'ViT-B-16-quickgelu', '0'), ('gpt2', 'ViT-L-14-quickgelu', '0'),
+                ('smollm2', 'ViT-B-16-SigLIP', '0'), ('smollm2', 'ViT-B-16-SigLIP', '64')):
         for batch in (1, 4, 16):
-            subprocess.run([sys.executable, __file__, 'vlm_row', name, str(batch)], check=True)
+            subprocess.run([sys.executable, __file__, 'vlm_row', *row, str(batch)], check=True)
 
 
-def vlm_row(name, batch):
-    """A step of config/vlm_sft.py: the picture's tokens and 256 of text, AdamW on the GPT and the connector, float32."""
-    batch = int(batch)
-    config = GPTConfig(image_token=50257, vision_encoder=f'{name}/', connector='mlp', gelu_approximate='tanh')
-    side = vision.Tower(config, load=False).side
-    idx, targets = sequences(batch, side ** 2, 256, 50257)
+def vlm_row(text_model, name, lora_rank, batch):
+    """
+    A step of config/vlm_sft.py, vlm_smollm2.py or vlm_smollm2_lora.py: the picture's tokens and 256 of text, of which 128
+    are learnt; AdamW on the GPT, or its LoRA updates, and the connector; float32.
+    """
+    batch, shape = int(batch), dict(image_token=50257, connector='mlp', gelu_approximate='tanh')
+    if text_model == 'smollm2':
+        shape = dict(image_token=49152, connector='pool', vision_layer=-1, vocab_size=49216, n_layer=30, n_head=9, n_kv_head=3,
+                     n_embd=576, n_inner=1536, norm='rmsnorm', position='rope', mlp='swiglu', bias=False)
+    config = GPTConfig(**shape, vision_encoder=f'{name}/', lora_rank=int(lora_rank), lora_alpha=128.0)
     image = prepare_data.Image.effect_noise((400, 300), 100).convert('RGB')
-    images = vision.collate([vision.preprocess(image, config)] * batch, config)
+    vision.Tower(config, load=False)  # writes its size into the config
+    picture = vision.preprocess(image, config)
+    idx, targets = sequences(batch, vision.num_tokens(picture, config), 256, config.image_token)
+    targets[:, :-128] = -1
+    images = vision.collate([picture] * batch, config)
     seconds = median_seconds(step_of(config, idx, targets, lambda model: images), 3 if batch < 16 else 1)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f'{name:<24}{batch:>6}{seconds:>10.1f}{memory:>13.1f}', flush=True)
+    what = f'{text_model}, {name}' + (', LoRA' if config.lora_rank else '')
+    print(f'{what:<32}{idx.shape[1] - 256:>14}{batch:>6}{seconds:>10.1f}{memory:>13.1f}', flush=True)
 
 
 if __name__ == '__main__':

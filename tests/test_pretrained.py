@@ -262,6 +262,9 @@ def test_a_template_that_is_not_chatml_is_refused(bpe, tmp_path):
         {'chat_template': '{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}{% endfor %}'}))
     with pytest.raises(ValueError, match='its chat template is not the one of ChatML'):
         get_tokenizer(str(tmp_path / 'x'))
+    (tmp_path / 'x' / 'chat_template.jinja').write_text('{{ raise_exception("no") }}')
+    with pytest.raises(ValueError, match='its chat template cannot be rendered'):
+        get_tokenizer(str(tmp_path / 'x'))
 
 
 REFUSED = {
@@ -271,8 +274,14 @@ REFUSED = {
     'its add_prefix_space is True': lambda file: file.update(pre_tokenizer={**BYTE_LEVEL, 'add_prefix_space': True}),
     'its way of splitting text, [\'Whitespace\']': lambda file: file.update(pre_tokenizer={'type': 'Whitespace'}),
     'its individual_digits is False': lambda file: file['pre_tokenizer']['pretokenizers'][0].update(individual_digits=False),
-    'its special_tokens is': lambda file: file.update(
+    'its post_processor adds tokens': lambda file: file.update(
         post_processor={'type': 'TemplateProcessing', 'special_tokens': {'<s>': {}}}),
+    'its use_regex is True, not False': lambda file: file['pre_tokenizer']['pretokenizers'].__setitem__(
+        0, {'type': 'Split', 'pattern': {'Regex': QWEN}, 'behavior': 'Isolated', 'invert': False}),
+    "its way of splitting text, ['Split', 'ByteLevel']": lambda file: file['pre_tokenizer']['pretokenizers'].__setitem__(
+        0, {'type': 'Split', 'pattern': {'Regex': r'\w+'}, 'behavior': 'Isolated', 'invert': False}),
+    'its behavior is': lambda file: file['pre_tokenizer']['pretokenizers'].__setitem__(
+        0, {'type': 'Split', 'pattern': {'Regex': QWEN}, 'behavior': 'Removed', 'invert': False}),
     'its merges are not in the order': lambda file: file['model']['merges'].reverse(),
     'or do not make all of them': lambda file: file['model']['merges'].pop(),
     'its tokens are not those of a byte-level BPE': lambda file: file['model']['vocab'].update({'日': 1200}),

@@ -1,0 +1,39 @@
+"""
+SmolLM2-135M-Instruct learns to read on two CPU cores, with the eyes that the quickstart has trained under a GPT of a
+hundredth of its size, and without forgetting its language.
+
+    python train.py config/quickstart.py
+    python train.py config/read_smollm2_cpu.py
+    python sample.py --out_dir=out/read_smollm2_cpu --image line.png
+"""
+out_dir = 'out/read_smollm2_cpu'
+init_from = 'HuggingFaceTB/SmolLM2-135M-Instruct'
+vision_from = 'out/quickstart/ckpt.pt'
+system_prompt = ''    # its usual one would be half of each sequence
+dataset = 'pydoc'
+tasks = 'read:0.9 text:0.1'  # the text keeps the language
+image_width = 512
+image_height = 24
+min_chars = 6
+max_chars = 16
+grow_iters = 500      # reading begins with short words
+min_span = 40         # text about as long as the rest of a batch, which is padded to its longest
+max_span = 70
+vision_encoder = 'vit'
+connector = 'mlp'
+block_size = 512
+batch_size = 16
+lora_rank = 16
+lora_alpha = 32.0
+optimizer = 'muon'    # for the eyes; LoRA's updates are AdamW's
+muon_lr = 0.01
+learning_rate = 1e-3
+vision_lr = 1e-3
+connector_lr = 3e-3
+min_lr = 1e-5
+weight_decay = 0.0
+warmup_iters = 20
+max_iters = 900
+eval_interval = 450
+eval_samples = 256
+eval_iters = 4
