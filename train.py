@@ -466,12 +466,19 @@ def quiet_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def end_loaders():
+    """At the end of the training process, however it comes about."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 def open_loader(rows, config, tokenizer, model_config, place, iter_num, features=None):
     """This rank's micro-batches from step iter_num on: of each step's, every world-th."""
     accumulation = config.gradient_accumulation_steps
     examples = Examples(rows, config, config.seed, growing=config.grow_iters * accumulation * config.batch_size)
     batches = Batches(examples, tokenizer, model_config, config.batch_size, config.loss_on, features)
-    atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])
+    atexit.register(end_loaders)
     order = (step * accumulation + micro for step in range(iter_num, config.max_iters)
              for micro in range(place.rank, accumulation, place.world))
     return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, num_workers=config.num_workers,

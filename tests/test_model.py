@@ -221,12 +221,12 @@ def test_checkpoints_with_every_prefix_load(tmp_path, tiny_model, prefix):
     assert torch.equal(logits(GPT.from_checkpoint(path).eval(), idx), logits(tiny_model, idx))
 
 
-def test_a_checkpoint_with_wrong_keys_is_refused_with_the_list(tmp_path, tiny_model):
-    state = tiny_model.state_dict()
+def test_a_checkpoint_with_wrong_keys_is_refused_with_the_list(tmp_path):
+    state = make_model().state_dict()
     state['stranger'] = state.pop('transformer.h.1.mlp.c_fc.weight')
     state['transformer.wpe.weight'] = state['transformer.wpe.weight'][:7]
     path = tmp_path / 'ckpt.pt'
-    torch.save({'model': state, 'model_args': vars(tiny_model.config)}, path)
+    torch.save({'model': state, 'model_args': vars(tiny_config())}, path)
     with pytest.raises(ValueError) as error:
         GPT.from_checkpoint(path)
     for text in ('missing transformer.h.1.mlp.c_fc.weight', 'unexpected stranger', 'wpe.weight is (7, 32), not (64, 32)'):

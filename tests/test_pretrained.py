@@ -280,8 +280,9 @@ REFUSED = {
         0, {'type': 'Split', 'pattern': {'Regex': QWEN}, 'behavior': 'Isolated', 'invert': False}),
     "its way of splitting text, ['Split', 'ByteLevel']": lambda file: file['pre_tokenizer']['pretokenizers'].__setitem__(
         0, {'type': 'Split', 'pattern': {'Regex': r'\w+'}, 'behavior': 'Isolated', 'invert': False}),
-    'its behavior is': lambda file: file['pre_tokenizer']['pretokenizers'].__setitem__(
-        0, {'type': 'Split', 'pattern': {'Regex': QWEN}, 'behavior': 'Removed', 'invert': False}),
+    'its behavior is': lambda file: file['pre_tokenizer'].update(pretokenizers=[
+        {'type': 'Split', 'pattern': {'Regex': QWEN}, 'behavior': 'Removed', 'invert': False},
+        {**BYTE_LEVEL, 'use_regex': False}]),
     'its merges are not in the order': lambda file: file['model']['merges'].reverse(),
     'or do not make all of them': lambda file: file['model']['merges'].pop(),
     'its tokens are not those of a byte-level BPE': lambda file: file['model']['vocab'].update({'日': 1200}),
