@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, run
-from model import GPT, GPTConfig, is_pretrained, load_checkpoint, read_weights
+from model import GPT, GPT2, GPTConfig, is_pretrained, load_checkpoint, read_weights
 from prepare_data import (IMAGE, Batches, Examples, StoredFeatures, collate, get_tokenizer, held_out_examples, load_image,
                           open_rows, parse_tasks, tokenize)
 from sample import answer, answer_sheet, find_device, is_question, question, reference, score
@@ -166,8 +166,8 @@ def find_tokenizer(config):
     source = config.init_from
     if config.tokenizer or source == 'scratch':
         return config.tokenizer or 'bytes'
-    if is_pretrained(source) and source != 'resume':
-        return 'gpt2' if source.startswith('gpt2') and not os.path.isdir(source) else source
+    if source != 'resume' and is_pretrained(source):
+        return 'gpt2' if source in GPT2 else source
     path = os.path.join(config.out_dir, 'ckpt.pt') if source == 'resume' else source
     name = load_checkpoint(path).get('config', {}).get('tokenizer')
     if not name:

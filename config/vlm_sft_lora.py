@@ -1,5 +1,5 @@
 """
-vlm_sft.py for a GPU with little memory, or a model that must not forget: GPT-2 keeps its weights, and an update of rank 64
+vlm_sft.py for a GPU with little memory: GPT-2 keeps its weights, and an update of rank 64
 beside each of its Linears learns with the connector. A checkpoint with its optimizer has some 130 MB instead of 1.5 GB
 (computed), and sample.py merges it.
 

@@ -1,6 +1,7 @@
 """
-vlm_smollm2.py for little memory, or for a model that must not forget: SmolLM2 keeps its weights, in bfloat16 on a GPU, and
-updates of rank 64 learn beside them. A checkpoint with its optimizer has some 220 MB (computed), and sample.py merges it.
+vlm_smollm2.py for little memory: SmolLM2 keeps its weights, in bfloat16 on a GPU, and updates of rank 64 learn beside them. A
+checkpoint with its optimizer has some 220 MB (computed), and sample.py merges it. LoRA does not keep a model from forgetting
+by itself: watch text_loss.
 
     python prepare_data.py llava_instruct --image_dir=coco/train2017
     torchrun train.py config/vlm_smollm2_lora.py
