@@ -36,7 +36,8 @@ from vision import Vision, fingerprint
 class Linear(nn.Linear):
     """
     nn.Linear, and with lora_rank r > 0 a low-rank update beside it: y = W x + alpha / r * B A x, of which only A (r, in) and
-    B (out, r) are trained. B starts at zero: the model starts as what it was.
+    B (out, r) are trained. B starts at zero: the model starts as what it was. `tuned` (B, T, 1), bool, says at which tokens
+    the update acts; None for all.
     """
 
     def __init__(self, n_in, n_out, config):
@@ -48,10 +49,11 @@ class Linear(nn.Linear):
             self.lora_dropout = nn.Dropout(config.lora_dropout)
             self.lora_scale = config.lora_alpha / config.lora_rank
 
-    def forward(self, x):
+    def forward(self, x, tuned=None):
         y = super().forward(x)
         if self.lora_a is not None:
-            y = y + F.linear(F.linear(self.lora_dropout(x), self.lora_a), self.lora_b) * self.lora_scale
+            update = F.linear(F.linear(self.lora_dropout(x), self.lora_a), self.lora_b) * self.lora_scale
+            y = y + (update if tuned is None else update * tuned)
         return y
 
     @torch.no_grad()
@@ -119,14 +121,14 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
 
-    def forward(self, x, rope=None, cache=None, slots=None, mask=None):
+    def forward(self, x, rope=None, tuned=None, cache=None, slots=None, mask=None):
         """
-        x (B, T, C); rope as in `rotate`, None for learned positions. Without a cache: causal attention over the T tokens.
-        With a cache, a pair of (B, S, n_kv_head, hs) tensors: the keys and values of these T tokens go to their `slots`
+        x (B, T, C); rope as in `rotate`, None for learned positions; tuned as in `Linear`. Without a cache: causal attention
+        over the T tokens. With a cache, a pair of (B, S, n_kv_head, hs) tensors: the keys and values of these T tokens go to their `slots`
         (B, T), and the queries see the slots that `mask`, bool and broadcastable to (B, 1, T, S), allows.
         """
         B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim)                             # (B, T, nh + 2 n_kv_head, hs)
+        heads = self.c_attn(x, tuned).view(B, T, -1, self.head_dim)                      # (B, T, nh + 2 n_kv_head, hs)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -141,7 +143,7 @@ class CausalSelfAttention(nn.Module):
                                            dropout_p=self.dropout if self.training else 0.0,
                                            enable_gqa=self.n_kv_head < self.n_head)
         y = y.transpose(1, 2).flatten(2)                                                 # all heads side by side
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(self.c_proj(y, tuned))
 
 
 class MLP(nn.Module):
@@ -156,9 +158,10 @@ class MLP(nn.Module):
         self.c_proj = Linear(n_inner, config.n_embd, config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        inner = self.gelu(self.c_fc(x)) if self.c_gate is None else F.silu(self.c_gate(x)) * self.c_fc(x)
-        return self.dropout(self.c_proj(inner))
+    def forward(self, x, tuned=None):
+        inner = self.c_fc(x, tuned)                                                      # (B, T, n_inner)
+        inner = self.gelu(inner) if self.c_gate is None else F.silu(self.c_gate(x, tuned)) * inner
+        return self.dropout(self.c_proj(inner, tuned))
 
 
 class Block(nn.Module):
@@ -170,9 +173,9 @@ class Block(nn.Module):
         self.ln_2 = NORMS[config.norm](config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, cache=None, slots=None, mask=None):
-        x = x + self.attn(self.ln_1(x), rope, cache, slots, mask)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, rope=None, tuned=None, cache=None, slots=None, mask=None):
+        x = x + self.attn(self.ln_1(x), rope, tuned, cache, slots, mask)
+        return x + self.mlp(self.ln_2(x), tuned)
 
 
 @dataclass
@@ -199,6 +202,7 @@ class GPTConfig:
     lora_rank: int = 0        # > 0: the GPT's weights stay, and a low-rank update of each Linear is trained
     lora_alpha: float = 16.0  # the update is scaled by alpha / rank
     lora_dropout: float = 0.0
+    lora_scope: str = 'all'   # 'image': the update acts from a sequence's first image on, and of text alone nothing changes
     # vision: read by vision.py; the defaults make a nanoGPT, which is blind
     vision_encoder: str = ''  # '' for none, 'vit' for the small ViT trained from scratch, or a Tower's name
     connector: str = 'mlp'    # linear, mlp, or pool
@@ -222,13 +226,16 @@ class GPTConfig:
 
 def check_config(config):
     """Raises ValueError for what no GPT can be made of."""
-    for key, known in (('norm', [*NORMS]), ('position', ['learned', 'rope']), ('mlp', ['gelu', 'swiglu'])):
+    for key, known in (('norm', [*NORMS]), ('position', ['learned', 'rope']), ('mlp', ['gelu', 'swiglu']),
+                       ('lora_scope', ['all', 'image'])):
         if getattr(config, key) not in known:
             raise ValueError(f'{key} must be {" or ".join(known)}, got {getattr(config, key)!r}')
     if config.n_embd % config.n_head and not config.head_dim:
         raise ValueError(f'n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})')
     if config.n_head % (config.n_kv_head or config.n_head):
         raise ValueError(f'n_head ({config.n_head}) must be a multiple of n_kv_head ({config.n_kv_head})')
+    if config.lora_scope == 'image' and not config.vision_encoder:
+        raise ValueError('lora_scope image has no effect on a model without vision_encoder')
     if config.position == 'rope' and (config.head_dim or config.n_embd // config.n_head) % 2:
         raise ValueError('position rope turns pairs: it takes an even head_dim')
 
@@ -331,6 +338,15 @@ class GPT(nn.Module):
         angles = pos[..., None, None] * speed                                            # (B, T, 1, hs / 2) radians
         return angles.cos(), angles.sin()
 
+    def tuned(self, idx):
+        """
+        Where LoRA's updates act, (B, T, 1), None for everywhere. With lora_scope 'image', from the first image on: so Phi-4
+        Multimodal keeps its language, https://arxiv.org/abs/2503.01743. What stands before has not seen the image anyway.
+        """
+        if not self.config.lora_rank or self.config.lora_scope == 'all':
+            return None
+        return (idx == self.config.image_token).cumsum(1)[..., None] > 0
+
     def forward(self, idx, targets=None, images=None, loss_reduction='mean', return_logits=True):
         """
         idx, targets (B, T) int64, -1 in idx for padding, in targets where nothing is to be learnt; images as in `embed`.
@@ -339,9 +355,9 @@ class GPT(nn.Module):
         head's largest of all products done at the targets only, which are few behind a picture and a question.
         """
         x, pos = self.embed(idx, images)
-        rope = self.rope(pos)
+        rope, tuned = self.rope(pos), self.tuned(idx)
         for block in self.transformer.h:
-            x = block(x, rope)
+            x = block(x, rope, tuned)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None  # note: using list [-1] to preserve the time dim
@@ -380,8 +396,9 @@ class GPT(nn.Module):
         device = idx.device
         lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
         inside = torch.arange(T, device=device) < lengths[:, None]                       # (B, T)
-        x, pos = self.embed(idx.masked_fill(~inside, -1), images)                        # (B, T, C), (B, T)
-        rope = self.rope(pos)
+        idx = idx.masked_fill(~inside, -1)
+        x, pos = self.embed(idx, images)                                                 # (B, T, C), (B, T)
+        rope, tuned = self.rope(pos), self.tuned(idx)
         ends = torch.tensor([] if end_token is None else end_token, dtype=torch.int64, device=device).flatten()
         fill = int(ends[0]) if len(ends) else 0
         rows = torch.arange(B, device=device)
@@ -399,7 +416,7 @@ class GPT(nn.Module):
         for step in range(steps):
             mask = key_slots <= slots[:, None, :, None]                                  # (B, 1, T or 1, S)
             for block, kv in zip(self.transformer.h, cache):
-                x = block(x, rope, kv, slots, mask)
+                x = block(x, rope, tuned, kv, slots, mask)
             last = x[rows, lengths - 1] if step == 0 else x[:, 0]                        # (B, C)
             logits = self.lm_head(self.transformer.ln_f(last)).float()                   # (B, vocab_size)
             if self.config.image_token >= 0:
@@ -417,6 +434,7 @@ class GPT(nn.Module):
                 break
             # the new token is the next query: it stands behind its own row's text, at the next position
             slots = (lengths + step)[:, None]                                            # (B, 1)
+            tuned = tuned if tuned is None else tuned[:, -1:]                            # (B, 1, 1)
             pos = (pos + 1).clamp(max=self.config.block_size - 1)
             x, rope = self.place(self.transformer.wte(new), pos)[:, None], self.rope(pos[:, None])  # (B, 1, C)
         self.train(was_training)
@@ -548,7 +566,8 @@ class GPT(nn.Module):
     def from_weights(cls, args, state, base, source, **overrides):
         """
         The model with the arguments `args`, changed by the overrides, and the weights `state`, both from read_weights. The
-        tensors of `state` become the model's own, without a copy. LoRA's updates are merged if the overrides say lora_rank=0.
+        tensors of `state` become the model's own, without a copy. LoRA's updates are merged if the overrides say lora_rank=0;
+        those that act behind images only cannot be, which is a ValueError.
         """
         config = GPTConfig(**{**args, **overrides})
         has_lora, wanted = any('.lora_' in name for name in state), config.lora_rank
@@ -561,6 +580,9 @@ class GPT(nn.Module):
         model = cls(config, load_tower=not has_tower, device='meta')
         model.load_weights(state, args, source)
         model.base = base
+        if has_lora and not wanted and args.get('lora_scope') == 'image':
+            raise ValueError(f'{source} has LoRA updates that act behind images only, and cannot be merged: go on with '
+                             f'lora_rank={args["lora_rank"]}')
         if has_lora and not wanted:
             model.merge_lora()
         elif wanted and not has_lora:
@@ -875,10 +897,12 @@ def read_llama(config, tensors):
 def to_hugging_face(model):
     """
     The text part of a model as (config.json's dict, {name: tensor}) for Hugging Face's GPT2LMHeadModel, LlamaForCausalLM or
-    Qwen3ForCausalLM, the reverse of read_pretrained. Raises ValueError if none of them computes what this GPT does.
+    Qwen3ForCausalLM, the reverse of read_pretrained; LoRA's updates that are not merged, because they act behind images only,
+    are no part of it. Raises ValueError if none of them computes what this GPT does.
     """
     c, attn = model.config, model.transformer.h[0].attn
-    state = {name: p for name, p in model.state_dict().items() if not name.startswith('vision.')}
+    state = {name: p for name, p in model.state_dict().items()
+             if not name.startswith('vision.') and '.lora_' not in name}
     if c.tied:
         del state['lm_head.weight']
     config = {'vocab_size': c.vocab_size, 'tie_word_embeddings': c.tied, 'dtype': str(model.lm_head.weight.dtype)[6:]}

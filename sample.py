@@ -153,8 +153,9 @@ def load():
         path = os.path.join(out_dir, checkpoint)
         state = load_checkpoint(path)
         moved = {'vision_encoder': vision_encoder} if vision_encoder else {}
-        # lora_rank 0 merges the updates: the same answers, faster
-        model = GPT.from_state(state, path, dropout=0.0, lora_rank=0, **moved)
+        if state['model_args'].get('lora_scope') != 'image':
+            moved['lora_rank'] = 0  # merges the updates: the same answers, faster. Those behind images only stay apart
+        model = GPT.from_state(state, path, dropout=0.0, **moved)
         named = state.get('config', {}).get('tokenizer') or 'gpt2'
     else:
         path, state, named = init_from, {}, 'gpt2' if init_from in GPT2 else init_from

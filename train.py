@@ -97,6 +97,7 @@ tied = True                    # the token embeddings are the head's weights, to
 lora_rank = 0                  # > 0: the GPT keeps its weights, and only an update of this rank of each Linear is trained
 lora_alpha = 16.0              # the updates are scaled by lora_alpha / lora_rank
 lora_dropout = 0.0
+lora_scope = 'all'             # image: the updates act from a sequence's first image on; of text alone nothing is forgotten
 # vision
 vision_encoder = ''            # '' for a text-only GPT, vit for the small ViT trained from scratch, or a tower by name:
 #                                ViT-L-14-quickgelu/openai, timm/vit_small_patch14_dinov2.lvd142m (see vision.py)
@@ -216,7 +217,9 @@ def adopt_model(config, tokenizer):
     if not 0 <= spare <= max(64, text_ids // 256) or known['vision_encoder'] and known['image_token'] != image_token:
         raise ValueError(f'{source} was not trained with the tokenizer {tokenizer.name}: it has {known["vocab_size"]} tokens, '
                          f'the tokenizer {text_ids} and its special ones; name the one it was trained with by --tokenizer')
-    changes = {key: getattr(config, key) for key in ('dropout', 'block_size', 'lora_rank', 'lora_alpha', 'lora_dropout')}
+    changes = {key: getattr(config, key) for key in ('dropout', 'block_size', 'lora_rank', 'lora_dropout')}
+    if not known['lora_rank']:  # updates that are there already act as they have learnt to
+        changes |= {key: getattr(config, key) for key in ('lora_alpha', 'lora_scope')}
     if tokenizer.n_vocab > known['vocab_size']:
         changes['vocab_size'] = -(-tokenizer.n_vocab // 64) * 64
     asked = {key: getattr(config, key) for key in known if hasattr(config, key) and key not in changes}

@@ -33,6 +33,35 @@ def logits(model, idx, images=None):
     return model(idx, torch.zeros_like(idx), images)[0]
 
 
+def test_updates_that_act_behind_images_leave_text_alone_and_what_stands_before():
+    base = make_model()
+    tuned = make_model(lora_rank=2, lora_scope='image')
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if '.lora_b' in name:
+                p.normal_()
+    tuned.load_state_dict(base.state_dict(), strict=False)
+    a = picture(0)
+    images = vision.collate([a], base.config)
+    idx = pad([row(5, 6, a, 7, 8), row(1, 2, 3)])
+    before, after = logits(base, idx, images), logits(tuned, idx, images)
+    assert torch.equal(before[0, :2], after[0, :2]) and torch.equal(before[1, :3], after[1, :3])
+    assert ((before[0, 2:] - after[0, 2:]).abs().amax(-1) > 0.01).all()
+    # generation, whose cache outlives the image, computes the same; <image> ids in the padding count for nothing
+    lengths = torch.tensor([len(row(5, 6, a, 7, 8)), 3])
+    filled = idx.masked_fill(idx < 0, base.config.image_token)
+    out = tuned.generate(filled, 6, temperature=0, images=images, lengths=lengths)
+    for i, n in enumerate(lengths.tolist()):
+        line = idx[i:i + 1, :n]
+        for _ in range(6):
+            scores = logits(tuned, line, images if i == 0 else None)[:, -1]
+            scores[:, base.config.image_token] = -torch.inf
+            line = torch.cat([line, scores.argmax(-1, keepdim=True)], 1)
+        assert torch.equal(line[0], out[i, :n + 6])
+    with pytest.raises(ValueError, match='has no effect on a model without vision_encoder'):
+        make_model(lora_scope='image', vision_encoder='')
+
+
 def test_logits_are_those_of_hugging_faces_gpt2():
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)

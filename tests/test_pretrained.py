@@ -379,6 +379,28 @@ def test_an_export_is_loaded_by_hugging_face_with_equal_logits_and_is_a_whole_mo
     refused(process, 'cannot be read as a model')
 
 
+def test_a_run_whose_updates_act_behind_images_forgets_nothing_of_the_language(smollm, tmp_path):
+    process = train(tmp_path / 'a', f'--init_from={smollm}', '--lora_rank=2', '--lora_scope=image', '--optimizer=adamw')
+    assert process.returncode == 0, process.stderr
+    evals = [r['eval'] for r in read_log(tmp_path / 'a') if 'eval' in r]
+    assert len({e['text_loss'] for e in evals}) == 1 and len({e['val_loss'] for e in evals}) == len(evals) > 1
+    picture = tmp_path / 'line.png'
+    prepare_data.render.draw('some text', 96, 16).save(picture)
+    knobs = ['--image', picture, '--max_new_tokens=12']
+    before = inside('sample.py', f'--out_dir={tmp_path}/a', *knobs)
+    process = inside('sample.py', f'--out_dir={tmp_path}/a', f'--export={tmp_path}/export')
+    assert before.returncode == process.returncode == 0, process.stderr
+    after = inside('sample.py', f'--out_dir={tmp_path}/export', '--checkpoint=glimpse.safetensors', *knobs)
+    assert after.stdout == before.stdout, after.stderr
+    theirs, text = load_file(tmp_path / 'export' / 'model.safetensors'), load_file(smollm / 'model.safetensors')
+    assert theirs.keys() == text.keys()
+    assert all(torch.equal(p[:len(text[name])], text[name].float()) for name, p in theirs.items())
+    state = f'--init_from={tmp_path}/a/ckpt.pt'
+    refused(train(tmp_path / 'b', state), 'act behind images only, and cannot be merged: go on with lora_rank=2')
+    process = train(tmp_path / 'c', state, '--lora_rank=2', '--optimizer=adamw', '--max_iters=1')
+    assert process.returncode == 0 and "lora_scope 'image'" in process.stderr, process.stderr
+
+
 @pytest.mark.parametrize('config', [
     dict(bias=True), dict(bias=False), dict(bias=True, gelu_approximate='tanh', tied=False, n_inner=40),
     LLAMA, dict(LLAMA, tied=False, head_dim=8, n_inner=40, rope_theta=5e5), dict(LLAMA, qk_norm=True, n_kv_head=2)])
