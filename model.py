@@ -124,8 +124,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope=None, tuned=None, cache=None, slots=None, mask=None):
         """
         x (B, T, C); rope as in `rotate`, None for learned positions; tuned as in `Linear`. Without a cache: causal attention
-        over the T tokens. With a cache, a pair of (B, S, n_kv_head, hs) tensors: the keys and values of these T tokens go to their `slots`
-        (B, T), and the queries see the slots that `mask`, bool and broadcastable to (B, 1, T, S), allows.
+        over the T tokens. With a cache, a pair of (B, S, n_kv_head, hs) tensors: the keys and values of these T tokens go to
+        their `slots` (B, T), and the queries see the slots that `mask`, bool and broadcastable to (B, 1, T, S), allows.
         """
         B, T, _ = x.shape
         heads = self.c_attn(x, tuned).view(B, T, -1, self.head_dim)                      # (B, T, nh + 2 n_kv_head, hs)
@@ -203,10 +203,17 @@ class GPTConfig:
     lora_alpha: float = 16.0  # the update is scaled by alpha / rank
     lora_dropout: float = 0.0
     lora_scope: str = 'all'   # 'image': the update acts from a sequence's first image on, and of text alone nothing changes
+    objective: str = 'lm'     # the next token; or itc, itc+itm, itc+itm+itg: an Aligner, BLIP-2's first stage, and no GPT
+    align_dim: int = 256      # of an Aligner: where pictures and captions are compared
     # vision: read by vision.py; the defaults make a nanoGPT, which is blind
     vision_encoder: str = ''  # '' for none, 'vit' for the small ViT trained from scratch, or a Tower's name
-    connector: str = 'mlp'    # linear, mlp, or pool
+    connector: str = 'mlp'    # linear, mlp, pool, or qformer
     pool_size: int = 2        # connector 'pool': k x k patches become one token
+    n_queries: int = 32       # connector 'qformer': any image becomes as many tokens
+    qformer_n_layer: int = 12
+    qformer_n_head: int = 12
+    qformer_n_embd: int = 768
+    qformer_cross: int = 2    # every second layer looks at the image, from the first on
     patch_height: int = 16    # pixels
     patch_width: int = 16     # pixels
     max_image_tokens: int = 256  # a larger image is scaled down, keeping its aspect, to make at most as many tokens
@@ -454,11 +461,11 @@ class GPT(nn.Module):
     # training
 
     def parts(self):
-        """{part: its named parameters}: the three parts that can have a learning rate each."""
-        groups = {'gpt': {}, 'vision': {}, 'connector': {}}
+        """{part: its named parameters}: the parts that can have a learning rate each."""
+        groups = {'gpt': {}, 'vision': {}, 'qformer': {}, 'connector': {}}
         for name, p in self.named_parameters():
-            part = 'connector' if name.startswith('vision.connector.') else 'vision' if name.startswith('vision.') else 'gpt'
-            groups[part][name] = p
+            part = name.split('.')[1] if name.startswith('vision.') else 'gpt'
+            groups['vision' if part == 'encoder' else part][name] = p
         return groups
 
     def train(self, mode=True):
@@ -469,15 +476,17 @@ class GPT(nn.Module):
             self.transformer.eval()
         if 'vision' in frozen:
             self.vision.encoder.eval()
+        if 'qformer' in frozen:
+            self.vision.qformer.eval()
         if 'connector' in frozen:
             self.vision.connector.eval()
         return self
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, vision_lr=None, connector_lr=None,
-                             optimizer='adamw', muon_lr=0.02):
+                             optimizer='adamw', muon_lr=0.02, qformer_lr=None):
         """
-        A list of optimizers over the three parts, each with its own learning rate: the GPT (learning_rate), the
-        encoder (vision_lr) and the connector (connector_lr; None for learning_rate). A rate of 0 freezes the part:
+        A list of optimizers over the parts, each with its own learning rate: the GPT (learning_rate), the encoder (vision_lr),
+        the Q-Former (qformer_lr) and the connector (connector_lr); None for learning_rate. A rate of 0 freezes the part:
         no gradient, no optimizer state, eval mode. Matrices and embeddings decay, biases and norms don't. With lora_rank
         the GPT's own weights are frozen too, and learning_rate is that of the updates beside them. What is trained becomes
         float32, whatever it was loaded as: a small update is lost in the rounding of bfloat16.
@@ -489,7 +498,7 @@ class GPT(nn.Module):
         """
         if optimizer not in ('adamw', 'muon'):
             raise ValueError(f'optimizer must be adamw or muon, got {optimizer!r}')
-        rates = {'gpt': learning_rate, 'vision': vision_lr, 'connector': connector_lr}
+        rates = {'gpt': learning_rate, 'vision': vision_lr, 'qformer': qformer_lr, 'connector': connector_lr}
         rates = {part: learning_rate if lr is None else lr for part, lr in rates.items()}
         if rates['vision'] > 0:
             self.config.vision_fingerprint = ''  # from now on a tower's weights are its own, and belong in checkpoints
@@ -507,7 +516,7 @@ class GPT(nn.Module):
                 muon_groups.append(dict(params=hidden, lr=muon_lr * rates[part] / (learning_rate or rates[part])))
         groups = [g for g in groups if g['params']]
         if not groups:
-            raise ValueError('learning_rate, vision_lr and connector_lr freeze all there is: nothing is left to train')
+            raise ValueError('all learning rates that there is something for are 0: nothing is left to train')
         optimizers = [torch.optim.AdamW(groups, betas=betas, fused=device_type == 'cuda')]
         if muon_groups:
             optimizers.append(torch.optim.Muon(muon_groups, weight_decay=weight_decay))
@@ -570,6 +579,9 @@ class GPT(nn.Module):
         those that act behind images only cannot be, which is a ValueError.
         """
         config = GPTConfig(**{**args, **overrides})
+        if config.objective != 'lm':
+            raise ValueError(f'{source} has learnt {config.objective}, and is no GPT: another model takes its eyes over by '
+                             f'--vision_from={source}')
         has_lora, wanted = any('.lora_' in name for name in state), config.lora_rank
         if has_lora and wanted not in (0, args['lora_rank']):
             raise ValueError(f'{source} has LoRA updates of rank {args["lora_rank"]}: go on with that lora_rank, or with '
@@ -639,13 +651,6 @@ class GPT(nn.Module):
         """New image embeddings become as large as the GPT's token embeddings are."""
         wte = self.transformer.wte.weight
         self.vision.match_rms(torch.linalg.vector_norm(wte, dtype=torch.float32) / wte.numel()**0.5)
-
-    @torch.no_grad()
-    def take_encoder(self, state):
-        """The small ViT of another model's state_dict becomes this one's; the connector stays new."""
-        self.vision.encoder.load_state_dict({name.removeprefix('vision.encoder.'): p for name, p in state.items()
-                                             if name.startswith('vision.encoder.')})
-        self.match_rms()
 
     def merge_lora(self):
         """LoRA's updates become part of the weights: the same model, as fast as without them."""
@@ -755,6 +760,33 @@ def checkpoint_weights(checkpoint, path):
     return args, state, base
 
 
+# the fields of GPTConfig that say what an encoder is and how it wants to see a picture, and what a Q-Former is
+ENCODER = ('vision_encoder', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'vision_n_layer',
+           'vision_n_head', 'vision_n_embd', 'vision_layer', 'vision_cls', 'image_fit', 'image_size', 'image_mean', 'image_std',
+           'vision_fingerprint')
+QFORMER = ('n_queries', 'qformer_n_layer', 'qformer_n_head', 'qformer_n_embd', 'qformer_cross')
+
+
+def read_eyes(source, config):
+    """
+    ({field of GPTConfig: value}, {name: tensor}) of the eyes of another model: of a checkpoint, its encoder, and its Q-Former
+    if it has one and `config` asks for one; of a BLIP-2 in Hugging Face's layout the Q-Former.
+    """
+    if is_pretrained(source):
+        args, state = read_blip2(*read_tensors(source))
+    else:
+        args, state, _ = read_weights(source)
+    known, names = vars(GPTConfig(**args)), () if is_pretrained(source) else ENCODER
+    state = {name: p for name, p in state.items() if name.startswith('vision.encoder.')
+             or name.startswith('vision.qformer.') and config.connector == 'qformer'}
+    if any(name.startswith('vision.qformer.') for name in state):
+        names += QFORMER
+    elif known['vision_encoder'] != 'vit':
+        raise ValueError(f'vision_from={source} has no small ViT to take over' + (
+            ', and for its Q-Former this run must have --connector=qformer' if known['connector'] == 'qformer' else ''))
+    return {name: known[name] for name in names}, state
+
+
 def plain_name(name):
     """torch.compile, DDP and Hugging Face leave prefixes in other people's files."""
     for prefix in ('module.', '_orig_mod.', 'module.'):
@@ -798,9 +830,28 @@ def pretrained_folder(source):
 
 def read_pretrained(source):
     """
-    (model_args, state_dict) of a GPT-2, Llama or Qwen3, by name or from a folder: config.json and model.safetensors, in one
-    piece or in shards. The tensors are memory maps in the file's own dtype: what nobody looks at costs no memory. Raises
-    ValueError if it is not there, cut off, or something else than what this GPT computes.
+    (model_args, state_dict) of a GPT-2, Llama or Qwen3, by name or from a folder. Raises ValueError if it is not there, cut
+    off, or something else than what this GPT computes.
+    """
+    config, tensors = read_tensors(source)
+    readers, config_path = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen3': read_llama}, f'{source}/config.json'
+    if config.get('model_type') not in readers:
+        raise ValueError(f'{config_path}: this GPT computes {", ".join(readers)}, not {config.get("model_type")!r}')
+    try:
+        args, state = readers[config['model_type']](config, tensors)
+    except KeyError as error:
+        raise ValueError(f'{config_path} is no complete configuration of a {config["model_type"]}: it has no {error}') from None
+    except ValueError as error:
+        raise ValueError(f'{config_path} is of a model that this GPT does not compute: {error}') from None
+    if args['tied']:
+        state.setdefault('lm_head.weight', state.get('transformer.wte.weight', torch.empty(0)))  # stored once
+    return args, state
+
+
+def read_tensors(source):
+    """
+    (config.json's dict, {name: tensor}) of a model in Hugging Face's layout: model.safetensors, in one piece or in shards. The
+    tensors are memory maps in the file's own dtype: what nobody looks at costs no memory.
     """
     from safetensors import SafetensorError, safe_open
     folder = pretrained_folder(source)
@@ -824,19 +875,7 @@ def read_pretrained(source):
                          f'{error.filename or path} is not there') from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
-    readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen3': read_llama}
-    if config.get('model_type') not in readers:
-        raise ValueError(f'{config_path}: this GPT computes {", ".join(readers)}, not {config.get("model_type")!r}')
-    tensors = {plain_name(name): p for name, p in tensors.items()}
-    try:
-        args, state = readers[config['model_type']](config, tensors)
-    except KeyError as error:
-        raise ValueError(f'{config_path} is no complete configuration of a {config["model_type"]}: it has no {error}') from None
-    except ValueError as error:
-        raise ValueError(f'{config_path} is of a model that this GPT does not compute: {error}') from None
-    if args['tied']:
-        state.setdefault('lm_head.weight', state.get('transformer.wte.weight', torch.empty(0)))  # stored once
-    return args, state
+    return config, {plain_name(name): p for name, p in tensors.items()}
 
 
 def demand(config, wanted):
@@ -894,6 +933,43 @@ def read_llama(config, tensors):
     return args, state
 
 
+# parts of names, BLIP-2's Q-Former's -> ours
+BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.encoder.layer': 'h',
+         'vision_model.post_layernorm': 'ln_image', 'embeddings.word_embeddings': 'wte',
+         'embeddings.position_embeddings': 'wpe',
+         'crossattention': 'cross_attn', 'cross_attn.attention.': 'cross_attn.', 'attention.attention.': 'attn.',
+         'cross_attn.output.dense': 'cross_attn.proj', 'cross_attn.output.LayerNorm': 'cross_attn.ln',
+         'attention.output.dense': 'attn.proj', 'attention.output.LayerNorm': 'attn.ln',
+         'intermediate_query.dense': 'query_mlp.fc', 'output_query.dense': 'query_mlp.proj',
+         'output_query.LayerNorm': 'query_mlp.ln', 'intermediate.dense': 'text_mlp.fc', 'output.dense': 'text_mlp.proj',
+         'output.LayerNorm': 'text_mlp.ln', '.query.': '.q.', '.key.': '.k.', '.value.': '.v.'}
+
+
+def read_blip2(config, tensors):
+    """
+    The Q-Former in a BLIP-2's config.json and tensors, as arguments of GPTConfig and tensors by our names vision.qformer.*: 32
+    queries that look at what EVA-CLIP's ViT-g/14 has left in its penultimate layer, 1408 wide. Its text side, which speaks
+    BERT's tokens, is among them if it is in the file.
+    """
+    shape = {'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12, 'cross_attention_frequency': 2,
+             **config.get('qformer_config', {})}
+    if config.get('model_type') != 'blip-2':
+        raise ValueError(f'vision_from takes a checkpoint or a BLIP-2, not a {config.get("model_type")!r}')
+    demand(shape, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
+                   'intermediate_size': 4 * shape['hidden_size']})
+    args = {'connector': 'qformer', 'n_queries': config.get('num_query_tokens', 32),
+            'qformer_n_layer': shape['num_hidden_layers'], 'qformer_n_head': shape['num_attention_heads'],
+            'qformer_n_embd': shape['hidden_size'], 'qformer_cross': shape['cross_attention_frequency']}
+    state = {}
+    for name, p in tensors.items():
+        if name.startswith(('qformer.', 'query_tokens', 'embeddings.', 'vision_model.post_layernorm.')):
+            for theirs, ours in BLIP2.items():
+                name = name.replace(theirs, ours)
+            if not name.endswith('position_ids'):  # of old files: a constant, not a weight
+                state[f'vision.qformer.{name}'] = p[0] if name == 'queries' else p
+    return args, state
+
+
 def to_hugging_face(model):
     """
     The text part of a model as (config.json's dict, {name: tensor}) for Hugging Face's GPT2LMHeadModel, LlamaForCausalLM or
@@ -936,3 +1012,137 @@ def to_hugging_face(model):
         return config, out
     raise ValueError(f'no class of Hugging Face computes norm {c.norm}, position {c.position}, mlp {c.mlp}, '
                      f'{"with" if c.bias else "without"} bias{" and qk_norm" * c.qk_norm}')
+
+
+# -----------------------------------------------------------------------------
+# BLIP-2's first stage
+
+class Aligner(nn.Module):
+    """
+    Encoder and Q-Former learn from pictures and their captions, by up to three objectives (config.objective), as in BLIP-2,
+    https://arxiv.org/abs/2301.12597; a GPT can then take both over (train.py's vision_from).
+
+        itc  contrast: picture and caption become vectors (align_dim); each picture has to find its caption among those of all
+             ranks, and each caption its picture. The similarity is that of the query which is nearest to the caption
+        itm  matching: does this caption belong to this picture? Asked of the pair, of the picture with a wrong caption, and of
+             the caption with a wrong picture, both drawn from what ITC finds most similar in the micro-batch
+        itg  generation: the caption word by word, of what the queries have seen
+
+    What captions share with a GPT's sequences: idx (B, T) of token ids, padded with -1; a caption ends with END. Two ids of its
+    own, CLS and DEC, open a caption that is compared, and one that is written. Raises ValueError for an unknown objective.
+    """
+
+    smoothing = 0.1  # of the labels of ITC and ITG
+
+    def __init__(self, config, load_tower=True):
+        super().__init__()
+        self.parts_of_loss = config.objective.split('+')
+        if self.parts_of_loss not in (['itc'], ['itc', 'itm'], ['itc', 'itm', 'itg']):
+            raise ValueError(f'objective must be lm, itc, itc+itm or itc+itm+itg, got {config.objective!r}')
+        if not config.vision_encoder or config.connector != 'qformer':
+            raise ValueError(f'objective {config.objective} trains a Q-Former on top of an encoder: set --connector=qformer '
+                             'and a --vision_encoder')
+        self.config, self.base, self.changes = config, None, ''
+        width = config.qformer_n_embd
+        self.cls, self.dec = config.vocab_size, config.vocab_size + 1
+        self.vision = Vision(config, load_tower)
+        self.image_proj, self.text_proj = nn.Linear(width, config.align_dim), nn.Linear(width, config.align_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # one over the temperature
+        if 'itm' in self.parts_of_loss:
+            self.itm_head = nn.Linear(width, 2)
+        if 'itg' in self.parts_of_loss:
+            self.itg_head = nn.Linear(width, width)  # before the words' own embeddings, as BERT's
+
+    # it is trained and saved as a GPT is; the part 'gpt' is its heads
+    parts, configure_optimizers, checkpoint_state = GPT.parts, GPT.configure_optimizers, GPT.checkpoint_state
+
+    @classmethod
+    def from_state(cls, checkpoint, path, **overrides):
+        """The Aligner of a checkpoint that load_checkpoint has read from `path`. Raises ValueError if tensors are amiss."""
+        args, state, _ = checkpoint_weights(checkpoint, path)
+        model = cls(GPTConfig(**{**args, **overrides}), load_tower=not any(n.startswith('vision.encoder.') for n in state))
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise ValueError(f'{path} does not hold the weights that its configuration asks for: {error}') from error
+        wrong = unexpected + [n for n in missing if not (model.config.vision_fingerprint and n.startswith('vision.encoder.'))]
+        if wrong:
+            raise ValueError(f'{path} lacks, or has without need: {", ".join(wrong)}')
+        return model
+
+    def see(self, images):
+        """(patches, grid) of vision.collate -> the encoder's features (N, L, D), and which are real."""
+        return self.vision.features(*images)
+
+    def image_vectors(self, features, valid):
+        """A vector of length 1 for each query, (N, K, align_dim)."""
+        return F.normalize(self.image_proj(self.vision.qformer(features, valid)[0]), dim=-1)
+
+    def text_vectors(self, idx):
+        """A vector of length 1 for each caption, (N, align_dim)."""
+        return F.normalize(self.text_proj(self.vision.qformer(ids=self.opened(idx, self.cls))[1][:, 0]), dim=-1)
+
+    def opened(self, idx, token):
+        return F.pad(idx, (1, 0), value=token)[:, :self.config.block_size]
+
+    def forward(self, idx, targets=None, images=None, loss_reduction='mean', return_logits=True):
+        """
+        idx (B, T) captions, images one for each. Returns ({objective: its mean loss in nats}, their sum), the sum times B with
+        loss_reduction 'sum'. `targets` and `return_logits`, which a GPT needs, are not looked at.
+        """
+        B = len(idx)
+        features, valid = self.see(images)
+        i, t = self.image_vectors(features, valid), self.text_vectors(idx)               # (B, K, D), (B, D)
+        captions = F.pad(idx, (0, self.config.block_size - idx.shape[1]), value=-1)      # (B, block_size)
+        every, every_caption, first = torch.cat([i, t[:, None]], dim=1), captions, 0     # (A, K + 1, D), (A, block_size)
+        if self.training and torch.distributed.is_initialized():
+            every, every_caption, first = Gather.apply(every), Gather.apply(captions), torch.distributed.get_rank() * B
+        every_i, every_t = every[:, :-1], every[:, -1]                                   # (A, K, D), (A, D)
+        # of two pictures with the same caption neither is wrong
+        same = (captions[:, None] == every_caption).all(-1)                              # (B, A)
+        right, scale = same / same.sum(1, keepdim=True), self.logit_scale.exp().clamp(max=100)
+        to_text = scale * torch.einsum('bkd,ad->bak', i, every_t).amax(-1)               # (B, A)
+        to_image = scale * torch.einsum('bd,akd->bak', t, every_i).amax(-1)              # (B, A)
+        contrast = [F.cross_entropy(s.float(), right, label_smoothing=self.smoothing) for s in (to_text, to_image)]
+        losses = {'itc': sum(contrast) / 2}
+        if 'itm' in self.parts_of_loss:
+            to_text, to_image, same = (s[:, first:first + B] for s in (to_text, to_image, same))  # (B, B) of this rank's own
+            wrong_text, wrong_image = draw_wrong(to_text, same), draw_wrong(to_image, same)  # (B), (B)
+            own = torch.arange(B, device=idx.device)
+            pictures, texts = torch.cat([own, own, wrong_image]), torch.cat([own, wrong_text, own])  # (3B)
+            queries, _ = self.vision.qformer(features[pictures], valid[pictures], self.opened(idx[texts], self.cls), 'itm')
+            belongs = torch.arange(3 * B, device=idx.device) < B
+            losses['itm'] = F.cross_entropy(self.itm_head(queries).mean(1).float(), belongs.long())
+        if 'itg' in self.parts_of_loss:
+            ids = self.opened(idx, self.dec)
+            _, x = self.vision.qformer(features, valid, ids, 'itg')
+            logits = F.linear(F.gelu(self.itg_head(x[:, :-1])), self.vision.qformer.wte.weight)  # (B, T, vocab_size + 2)
+            losses['itg'] = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-1,
+                                            label_smoothing=self.smoothing)
+        loss = sum(losses.values())
+        return losses, loss * B if loss_reduction == 'sum' else loss
+
+
+class Gather(torch.autograd.Function):
+    """x of all ranks, one behind another. What all of them learn about this rank's x comes back to it as its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        every = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(every, x.contiguous())
+        return torch.cat(every)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+@torch.no_grad()
+def draw_wrong(similarity, same):
+    """For each row of (B, B) one column that is not the same, the more similar the likelier."""
+    weights = similarity.float().softmax(1).masked_fill(same, 0) + 1e-9 * ~same
+    if not weights.any(1).all():
+        raise ValueError('all captions of a micro-batch are the same: itm needs a wrong one; raise batch_size')
+    return torch.multinomial(weights, 1).squeeze(1)

@@ -14,6 +14,9 @@ The one example format is a JSON line, images as files beside it (or PIL images 
     {"messages": [{"role": "user", "content": "<image>\\nWhat is this?"}, {"role": "assistant", "content": "A cat."}],
      "image_path": "images/1.jpg"}
     {"text": "A paragraph. <image> Another paragraph. <image>", "image_paths": ["images/2.jpg", "images/3.png"]}
+    {"text": "<image>A cat on a mat.", "image_path": "images/4.jpg", "references": ["A cat on a mat.", "A mat with a cat."]}
+
+"references", of what is held out, are all the captions that count as right.
 
 As a script it writes datasets to data/NAME/{train,val}.jsonl, and looks into them:
 
@@ -21,6 +24,9 @@ As a script it writes datasets to data/NAME/{train,val}.jsonl, and looks into th
     $ python prepare_data.py shapes                                              # drawn here, nothing is downloaded
     $ python prepare_data.py llava_instruct --image_dir=coco/train2017           # llava_pretrain, llava_cc3m, sharegpt4v
     $ python prepare_data.py llava_instruct --source=MINE.json --image_dir=DIR_OR_ZIP --name=mine
+    $ python prepare_data.py coco_captions --source=annotations --image_dir=coco
+    $ python prepare_data.py cc3m --max_examples=100000                          # or --source=FOLDER of .tar or img2dataset's
+    $ python prepare_data.py emoji                                               # drawn from an installed font
     $ python prepare_data.py features --dataset=mine --vision_encoder=ViT-L-14-quickgelu/openai
     $ python prepare_data.py show --dataset=mine --index=3                       # an example, and what is learnt of it
 """
@@ -29,13 +35,16 @@ import bisect
 import functools
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import pickle
 import random
 import re
 import shutil
 import sys
+import tarfile
 import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +54,7 @@ import numpy as np
 import regex
 import tiktoken
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFont, ImageOps
 from tqdm import tqdm
 
 import render
@@ -230,7 +239,7 @@ def picture(text, rng, config):
     font = rng.choice(render.list_fonts(config.font))
     text = render.drawable(text, font)
     text = ' '.join(text.split()) if config.one_line else text
-    extra = render.augmentation(rng, config.augment)
+    extra = render.augmentation(rng, config.distort)
     if not text.strip():
         return '', None
     while True:
@@ -251,7 +260,8 @@ def read(text, rng, config, growth=1.0):
     span, image = picture(span, rng, config)
     if not span:  # nothing that the font can draw: it stays text
         return {'text': text}
-    return {'messages': [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}], 'images': [image]}
+    messages = [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}]
+    return {'messages': messages, 'images': [image], **({'spell': True} if config.spell else {})}
 
 
 def continue_(text, rng, config, growth=1.0):
@@ -315,9 +325,11 @@ class Examples:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = epoch, torch.randperm(len(self.rows), generator=generator)
         row = self.rows[int(self.order[1][place]) if self.shuffle else place]
-        if 'messages' in row or row.get('images'):
-            return row  # an example already
         rng = random.Random(f'{self.seed} {i}')
+        if 'messages' in row or row.get('images'):  # an example already
+            if self.shuffle and self.config.augment:
+                row['images'] = [augmented(load_image(source), rng, self.config.augment) for source in row['images']]
+            return row
         task = rng.choices(list(self.tasks), list(self.tasks.values()))[0]
         growth = min(1.0, (i + 1) / self.growing) if self.growing else 1.0
         example = TASKS[task](row['text'], rng, self.config, growth)
@@ -359,6 +371,24 @@ def load_image(source):
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
+
+
+def augmented(image, rng, kinds):
+    """
+    A part of the picture, half of it or more, in its own aspect or up to a third off (crop), and brighter or darker, paler or
+    more colourful, of more or less contrast (colour), as BLIP-2 was trained. Not mirrored: left would become right, and no
+    letter could be read.
+    """
+    if 'crop' in kinds:
+        w, h = image.size
+        area, aspect = w * h * rng.uniform(0.5, 1), w / h * math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
+        cw, ch = min(w, round(math.sqrt(area * aspect))), min(h, round(math.sqrt(area / aspect)))
+        x, y = rng.randint(0, w - max(1, cw)), rng.randint(0, h - max(1, ch))
+        image = image.crop((x, y, x + max(1, cw), y + max(1, ch)))
+    if 'colour' in kinds:
+        for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = kind(image).enhance(rng.uniform(0.6, 1.4))
+    return image
 
 
 def open_path(path):
@@ -707,7 +737,8 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
 def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False, features=None):
     """
     An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}; config is the model's GPTConfig. With
-    `features`, StoredFeatures, image files are not opened: their features come in the place of their patches.
+    `features`, StoredFeatures, image files are not opened: their features come in the place of their patches. Of an example
+    that has "spell": true, the answer becomes a token for each character instead of the tokenizer's longer ones.
 
     targets[t] is the token behind idx[t], or -1 where nothing is to be learnt: for the 'assistant' it is the answers
     and their end, for 'all' every text token. Image tokens never are targets, but the last of them predicts the text
@@ -715,10 +746,11 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     is not, and neither is a prompt. Raises ValueError if images and <image> places differ, or something does not fit.
     """
     sources = example.get('images') or []
+    if config.objective != 'lm':
+        return tokenize_pair(example, tokenizer, config, features)
     if sources and not config.vision_encoder:
         raise ValueError('the example has an image, but the model has no vision_encoder')
-    images = [features[source] if features and isinstance(source, str) else vision.preprocess(load_image(source), config)
-              for source in sources]
+    images = [look(source, config, features) for source in sources]
     ids, learn, left, positions = [], [], list(images), 0
     for text, is_special, learnt in segments(example, tokenizer, loss_on, prompt_only):
         if text == IMAGE and is_special:
@@ -727,7 +759,8 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
             new = [config.image_token] * vision.num_tokens(left.pop(0), config)
             positions += 1
         else:
-            new = [tokenizer.encode_single_token(text)] if is_special else encode(tokenizer, text)
+            pieces = text if example.get('spell') and learnt else [text]
+            new = [tokenizer.encode_single_token(text)] if is_special else [i for s in pieces for i in encode(tokenizer, s)]
             if not prompt_only:  # cut what runs over; one more than block_size, because the last id is only a target
                 new = new[:max(0, config.block_size + 1 - positions)]
             positions += len(new)
@@ -742,6 +775,30 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     if prompt_only:
         return {'idx': ids, 'targets': [-1] * len(ids), 'images': images}
     return {'idx': ids[:-1], 'targets': [i if learnt else -1 for i, learnt in zip(ids[1:], learn[1:])], 'images': images}
+
+
+def look(source, config, features=None):
+    """(patches, grid) of an image, or its stored features in their place."""
+    return features[source] if features and isinstance(source, str) else vision.preprocess(load_image(source), config)
+
+
+def reference(example):
+    """What the model should have answered: the last message's text, or the text behind the last image."""
+    return example['messages'][-1]['content'] if 'messages' in example else example['text'].rpartition(IMAGE)[2]
+
+
+def tokenize_pair(example, tokenizer, config, features=None):
+    """For an Aligner: a picture and its caption, cut at block_size positions. The one target stands for the one pair."""
+    if len(example.get('images') or []) != 1 or not reference(example).strip():
+        raise ValueError(f'objective {config.objective} learns from pairs of a picture and a caption, and an example is none: '
+                         f'it has {len(example.get("images") or [])} images and the text {reference(example)[:40]!r}')
+    ids = caption_ids(reference(example), tokenizer, config)
+    return {'idx': ids, 'targets': [0] + [-1] * (len(ids) - 1), 'images': [look(example['images'][0], config, features)]}
+
+
+def caption_ids(caption, tokenizer, config):
+    """The ids of a caption and its end; one place of block_size is left for what an Aligner puts in front."""
+    return encode(tokenizer, caption.strip())[:config.block_size - 2] + [tokenizer.encode_single_token(END)]
 
 
 def collate(examples, config):
@@ -760,7 +817,7 @@ def collate(examples, config):
         targets[i, :len(e['idx'])] = torch.tensor(e['targets'])
     images = [image for e in examples for image in e['images']]
     places, tokens = int((idx == config.image_token).sum()), sum(vision.num_tokens(image, config) for image in images)
-    if config.vision_encoder and places != tokens:
+    if config.vision_encoder and config.objective == 'lm' and places != tokens:
         raise ValueError(f'the batch has {places} <image> places, but its images make {tokens} tokens')
     return {'idx': idx, 'targets': targets, 'lengths': lengths,
             'images': vision.collate(images, config) if config.vision_encoder else None}
@@ -789,11 +846,12 @@ class Batches(torch.utils.data.Dataset):
 # the commands' knobs
 
 name = ''             # the dataset is written to data/NAME; '' takes the source's last part, or the command's name
-source = ''           # text: a dataset of the hub, or a .txt/.jsonl/.parquet file or folder; llava: a local .json of theirs
+source = ''           # text: a dataset of the hub, or a .txt/.jsonl/.parquet file or folder; llava: a local .json of theirs;
+#                       coco_captions, cc3m, emoji: see there
 subset = ''           # text: the dataset's configuration, such as sample-10BT; llava: another file of the repository
 max_examples = 0      # stop after as many examples; 0: all (of text 10000, of shapes 40000)
 val_every = 100       # one example of so many is held out
-image_dir = ''        # llava: the folder or .zip that the images' names are relative to
+image_dir = ''        # llava, coco_captions: the folder or .zip that the images' names are relative to
 dataset = ''          # features, show: the dataset
 # show
 split = 'train'
@@ -806,6 +864,7 @@ out = 'show.png'
 vision_encoder = 'vit'
 connector = 'mlp'     # pool: features are stored pooled, in pool_size ** 2 times less space
 pool_size = 2
+n_queries = 32        # connector qformer
 patch_height = 16
 patch_width = 16
 max_image_tokens = 256
@@ -821,11 +880,11 @@ device = ''           # '' takes CUDA or MPS if there is one
 
 def vision_config():
     """The knobs as vision.py and tokenize want them of a GPTConfig; a tower writes its own into it."""
-    wanted = ('vision_encoder', 'connector', 'pool_size', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height',
-              'vision_layer', 'vision_cls', 'image_fit', 'block_size')
+    wanted = ('vision_encoder', 'connector', 'pool_size', 'n_queries', 'patch_height', 'patch_width', 'max_image_tokens',
+              'line_height', 'vision_layer', 'vision_cls', 'image_fit', 'block_size')
     # -2 is the id of no token: these sequences are shown, no model reads them
     return SimpleNamespace(**{key: globals()[key] for key in wanted}, image_token=-2, n_embd=1, image_size=0,
-                           vision_fingerprint='')
+                           vision_fingerprint='', objective='lm')
 
 
 # -----------------------------------------------------------------------------
@@ -947,14 +1006,23 @@ def llava_command(command):
     images = os.path.abspath(images)
     work = {'command': command, 'source': path, 'size': os.path.getsize(path), 'image_dir': images, 'val_every': val_every,
             'max_examples': max_examples}
+    write_dataset(folder, work, json_rows(path, max_examples), lambda row: llava_example(row, images, captions))
+
+
+def write_dataset(folder, work, rows, convert):
+    """
+    The rows of a source to folder/{train,val}.jsonl. convert(row), in threads, gives (example, '') or (None, why it is left
+    out), which left_out.jsonl lists. Rows of one image (or "id") are held out together, or all with "split": "val"; of
+    several captions, under "references" of an example, each becomes an example to train on. Interrupted, it goes on where it
+    was. Raises ValueError if nothing is left.
+    """
     with Parts(folder, ('train', 'val', 'left_out'), work) as parts, ThreadPoolExecutor(8) as pool, tqdm(unit='row') as bar:
         state = parts.state
-        for first, rows in chunks(json_rows(path, max_examples), 256):
-            if first + len(rows) <= state['done']:
-                bar.update(len(rows))
+        for first, some in chunks(rows, 256):
+            if first + len(some) <= state['done']:
+                bar.update(len(some))
                 continue
-            for i, (row, (example, why)) in enumerate(zip(rows, pool.map(
-                    lambda row: llava_example(row, images, captions), rows)), first):
+            for i, (row, (example, why)) in enumerate(zip(some, pool.map(convert, some)), first):
                 if why:
                     parts.write('left_out', {'row': i, 'id': row.get('id'), 'image': row.get('image'), 'why': why})
                     state.setdefault('whys', {})[why] = state.get('whys', {}).get(why, 0) + 1
@@ -962,17 +1030,23 @@ def llava_command(command):
                 key = str(row.get('image') or row.get('id') or i)
                 held_out = key == state.setdefault('first', key) or \
                     int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % val_every == 0
-                parts.write('val' if held_out else 'train', example)
-            parts.checkpoint(first + len(rows))
-            bar.update(len(rows))
+                held_out = row['split'] == 'val' if 'split' in row else held_out
+                captions = example.pop('references', []) if not held_out else []
+                for caption in captions:
+                    parts.write('train', {**example, 'text': IMAGE + caption})
+                if not captions:
+                    parts.write('val' if held_out else 'train', example)
+            parts.checkpoint(first + len(some))
+            bar.update(len(some))
         counts = state['counts']
         for why, count in state.get('whys', {}).items():
             print(f'left out: {count} rows, {why}', file=sys.stderr)
         if counts['left_out']:
             print(f'they are listed in {os.path.join(folder, "left_out.jsonl")}', file=sys.stderr)
         if not counts['train'] or not counts['val']:
-            raise ValueError(f'of {state["done"]} rows in {path}, {counts["train"]} are left to train on and {counts["val"]} '
-                             f'to hold out: is --image_dir={images} what the names in it are relative to?')
+            raise ValueError(f'of {state["done"]} rows in {work["source"]}, {counts["train"]} are left to train on and '
+                             f'{counts["val"]} to hold out: is --image_dir={work.get("image_dir", "")} what the names in it '
+                             'are relative to?')
 
 
 def download(repository, file):
@@ -1058,17 +1132,148 @@ def llava_example(row, images, captions):
         turns[0]['content'] = (IMAGE + '\n') * len(names) + turns[0]['content']
     elif places != len(names):
         return None, f'{places} <image> places for {len(names)} images'
-    for path in paths:
-        try:
-            image = Image.open(open_path(path))
-            image.draft('RGB', (64, 64))  # a JPEG is checked at an eighth of its size, to its last byte
-            image.load()
-        except FileNotFoundError:
-            return None, 'the image is missing'
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return None, 'the image is broken'
+    why = next(filter(None, map(what_is_wrong, paths)), '')
+    if why:
+        return None, why
     example = {'text': IMAGE + turns[-1]['content'].strip()} if captions and names else {'messages': system + turns}
     return {**example, **({'image_path': paths[0]} if len(paths) == 1 else {'image_paths': paths} if paths else {})}, ''
+
+
+def what_is_wrong(path):
+    """'' for an image that can be read, to its last byte, else the reason."""
+    try:
+        image = Image.open(open_path(path))
+        image.draft('RGB', (64, 64))  # a JPEG at an eighth of its size
+        image.load()
+    except FileNotFoundError:
+        return 'the image is missing'
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 'the image is broken'
+    return ''
+
+
+# -----------------------------------------------------------------------------
+# python prepare_data.py coco_captions, cc3m: pictures and captions
+
+def captioned(row):
+    """A row {'captions': [...], 'path': image} -> its example, or why it is left out."""
+    captions = [' '.join(c.split()) for c in row['captions'] if isinstance(c, str) and c.strip()]
+    why = what_is_wrong(row['path']) if captions else 'it has no caption'
+    return (None, why) if why else ({'text': IMAGE + captions[0], 'image_path': row['path'], 'references': captions}, '')
+
+
+def coco_command():
+    """
+    COCO's captions, five of a picture. --source is the folder with captions_train2017.json and captions_val2017.json, which
+    stay what they are, to train on and held out, and --image_dir the one with train2017 and val2017, unpacked or as .zip; or
+    --source is one such file, to be split here, and --image_dir the folder or .zip with its images.
+    """
+    if not source or not image_dir:
+        raise ValueError('expected --source=FOLDER with captions_train2017.json and captions_val2017.json (they are in '
+                         'http://images.cocodataset.org/annotations/annotations_trainval2017.zip) and --image_dir=FOLDER with '
+                         'train2017.zip and val2017.zip of http://images.cocodataset.org/zips')
+    parts = [(source, image_dir, None)]
+    if os.path.isdir(source):
+        parts = [(os.path.join(source, f'captions_{part}2017.json'), os.path.join(image_dir, f'{part}2017'), part)
+                 for part in ('train', 'val')]
+    rows = []
+    for path, images, part in parts:
+        images = images if os.path.exists(images) else images + '.zip'
+        if not os.path.isfile(path) or not os.path.exists(images):
+            raise ValueError(f'{path if not os.path.isfile(path) else images} does not exist: expected the captions as COCO '
+                             'publishes them, and their images')
+        rows += coco_rows(path, os.path.abspath(images), part)
+    rows = rows[:max_examples or None]
+    work = {'command': 'coco_captions', 'source': source, 'image_dir': image_dir, 'rows': len(rows), 'val_every': val_every}
+    write_dataset(os.path.join('data', name or 'coco_captions'), work, rows, captioned)
+
+
+def coco_rows(path, images, part):
+    """A row for each image of a captions_*.json, with all of its captions."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            file = json.load(f)
+        captions = {}
+        for annotation in file['annotations']:
+            captions.setdefault(annotation['image_id'], []).append(annotation['caption'])
+        return [{'image': image['file_name'], 'path': image_path(images, image['file_name']), 'captions': captions[image['id']],
+                 **({'split': part} if part else {})} for image in file['images'] if image['id'] in captions]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is not a captions file as COCO publishes them: {type(error).__name__}: {error}') from error
+
+
+def cc3m_command():
+    """
+    Conceptual Captions, or any pictures with captions that img2dataset has downloaded. --source is a folder with .tar files in
+    the WebDataset format, a repository of the hub with such (pixparse/cc3m-wds, pixparse/cc12m-wds), or what img2dataset
+    writes as files: 00000/000000000.jpg with .txt beside it. Tars become .zip files in data/NAME/images, out of which a single
+    picture can be read; files stay where they are.
+    """
+    place = source or 'pixparse/cc3m-wds'
+    folder = os.path.join('data', name or ('cc3m' if not source else os.path.basename(place.rstrip('/'))))
+    if os.path.isdir(place):
+        files = sorted(os.path.join(root, n) for root, _, names in os.walk(place) for n in names)
+        tars = [f for f in files if f.endswith('.tar')]
+    elif os.path.isfile(place) and place.endswith('.tar'):
+        tars = [place]
+    elif place.count('/') == 1 and not os.path.exists(place):
+        tars = [(place, file) for file in hub_files(place) if file.endswith('.tar')]
+    else:
+        raise ValueError(f'{place} is neither a folder, a .tar, nor OWNER/NAME on the hub')
+    rows = (row for tar in tars for row in tar_rows(tar, os.path.join(folder, 'images'))) if tars else \
+        ({'image': os.path.relpath(f, place), 'path': os.path.abspath(f), 'captions': [beside(f)]}
+         for f in files if f.lower().endswith(PICTURES))
+    work = {'command': 'cc3m', 'source': place, 'val_every': val_every, 'max_examples': max_examples}
+    write_dataset(folder, work, itertools.islice(rows, max_examples or None), captioned)
+
+
+PICTURES = ('.jpg', '.jpeg', '.png', '.webp')
+
+
+def hub_files(repository):
+    """The names of the files of a dataset on the hub."""
+    from huggingface_hub import list_repo_files
+    try:
+        return sorted(list_repo_files(repository, repo_type='dataset'))
+    except Exception as error:  # the hub's client has many of its own
+        raise ValueError(f'{repository} cannot be listed ({type(error).__name__}): connect, or name a local copy, '
+                         '--source=FOLDER with its .tar files') from error
+
+
+def beside(path):
+    """The caption in the .txt beside an image, '' if there is none."""
+    try:
+        with open(os.path.splitext(path)[0] + '.txt', encoding='utf-8', errors='replace') as f:
+            return f.read()
+    except FileNotFoundError:
+        return ''
+
+
+def tar_rows(tar, folder):
+    """
+    The rows of one shard, a path or (repository, file) on the hub. Its members become a .zip of the same name, unless that
+    has been done before: the members of a sample share their name up to the first dot.
+    """
+    path = os.path.join(folder, os.path.splitext(os.path.basename(tar if isinstance(tar, str) else tar[1]))[0] + '.zip')
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        tar = tar if isinstance(tar, str) else download(*tar)
+        try:
+            with tarfile.open(tar) as members, zipfile.ZipFile(path + '.part', 'w') as archive:
+                for member in members:
+                    if member.isfile() and member.name.lower().endswith((*PICTURES, '.txt')):
+                        archive.writestr(member.name, members.extractfile(member).read())
+        except (tarfile.TarError, OSError) as error:
+            raise ValueError(f'{tar} is broken or cut off: {error}') from error
+        os.replace(path + '.part', path)
+    archive = open_zip(path, os.getpid())
+    for file in archive.namelist():
+        stem, dot, kind = file.rpartition('/')[2].partition('.')
+        if (dot + kind).lower() in PICTURES:
+            text = file[:len(file) - len(dot + kind)] + '.txt'
+            caption = archive.read(text).decode(errors='replace') if text in archive.NameToInfo else ''
+            yield {'image': f'{os.path.basename(path)}/{file}', 'path': os.path.abspath(os.path.join(path, file)),
+                   'captions': [caption]}
 
 
 # -----------------------------------------------------------------------------
@@ -1289,8 +1494,71 @@ def shapes_question(shapes, rng):
 
 
 # -----------------------------------------------------------------------------
+# python prepare_data.py emoji: pictures with names, of nothing but a font
 
-COMMANDS = {'text': text_command, 'shapes': shapes_command, 'features': features_command, 'show': show_command,
+def emoji_command():
+    """
+    data/emoji: every emoji of one character that a colour font has (--source, or one that is installed), 72 x 72 pixels, and
+    its Unicode name as the caption: U+1F40B, "whale". Each is drawn once; names that are held out never occur in training,
+    though their words may. words.txt lists the words that do, for --tokenizer=data/emoji/words.txt.
+    """
+    path = source or next(filter(os.path.isfile, EMOJI_FONTS), '')
+    if not path:
+        raise ValueError('no colour emoji font is installed: install one (Debian and Ubuntu: apt install '
+                         'fonts-noto-color-emoji), or name its file, --source=NotoColorEmoji.ttf')
+    folder = os.path.join('data', name or 'emoji')
+    os.makedirs(os.path.join(folder, 'images'), exist_ok=True)
+    font, size = emoji_font(path)
+    characters = [c for c in map(chr, (*range(0x203c, 0x3300), *range(0x1f000, 0x1fb00)))
+                  if unicodedata.name(c, '') and not unicodedata.name(c).startswith('EMOJI MODIFIER')]
+    count, words = 0, set()
+    blank = draw_emoji('\U000e0fff', font, size).tobytes()  # what the font draws for what it does not have
+    with Parts(folder) as parts:
+        for c in tqdm(characters, unit='character'):
+            image = draw_emoji(c, font, size)
+            if image.tobytes() == blank or len(image.getcolors(1 << 16)) < 2:
+                continue
+            caption, file = unicodedata.name(c).lower(), f'images/{ord(c):x}.png'
+            image.save(os.path.join(folder, file))
+            held_out = int(hashlib.sha256(caption.encode()).hexdigest()[:8], 16) % 10 == 0
+            parts.write('val' if held_out else 'train', {'text': IMAGE + caption, 'image_path': file,
+                                                         **({'references': [caption]} if held_out else {})})
+            count, words = count + 1, words if held_out else words | set(re.findall('[a-z]+', caption))
+        if count < 100:
+            raise ValueError(f'{path} has {count} emoji: expected a colour emoji font such as NotoColorEmoji.ttf')
+    with open(os.path.join(folder, 'words.txt'), 'w', encoding='utf-8') as f:
+        f.write('\n'.join(sorted(words)) + '\n')
+
+
+EMOJI_FONTS = ('/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf', '/usr/share/fonts/noto/NotoColorEmoji.ttf',
+               '/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf',
+               '/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf',
+               os.path.expanduser('~/.local/share/fonts/NotoColorEmoji.ttf'), '/System/Library/Fonts/Apple Color Emoji.ttc',
+               'C:/Windows/Fonts/seguiemj.ttf')
+
+
+def emoji_font(path):
+    """The font at the one size in which its pictures come (Noto's is 109 pixels, Apple's 160), and that size."""
+    for size in (109, 160, 136, 128, 96, 72, 64):
+        try:
+            return ImageFont.truetype(path, size), size
+        except OSError:
+            continue
+    raise ValueError(f'{path} is not a font that Pillow can open')
+
+
+def draw_emoji(character, font, size, side=72):
+    """A character in colour in the middle of a white square."""
+    image = Image.new('RGB', (2 * size, 2 * size), 'white')
+    ImageDraw.Draw(image).text((size, size), character, font=font, embedded_color=True, anchor='mm', fill='white')
+    box = ImageChops.difference(image, Image.new('RGB', image.size, 'white')).getbbox()
+    return ImageOps.pad(image.crop(box) if box else image, (side, side), Image.Resampling.LANCZOS, color='white')
+
+
+# -----------------------------------------------------------------------------
+
+COMMANDS = {'text': text_command, 'shapes': shapes_command, 'coco_captions': coco_command, 'cc3m': cc3m_command,
+            'emoji': emoji_command, 'features': features_command, 'show': show_command,
             **{command: functools.partial(llava_command, command) for command in LLAVA}}
 
 

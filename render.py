@@ -23,7 +23,7 @@ import random
 import sys
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 # -----------------------------------------------------------------------------
 # fonts
@@ -294,6 +294,35 @@ def contact_sheet(images, captions, right=None, columns=4, cell=400, font_size=1
     return sheet
 
 
+def similarity_grid(images, captions, values, cell=110, font_size=13):
+    """
+    Images as columns, captions as rows, values[row][column] (-1 to 1) written in the cells, the greener the larger; a frame
+    around the largest of each row. Returns an RGB picture.
+    """
+    font, left = load_font('', font_size), 2 * cell
+    wrapped = [wrap(caption, font, left - 10)[:4] for caption in captions]
+    thumbs = [ImageOps.contain(image.convert('RGB'), (cell - 6, cell - 6)) for image in images]
+    top, pitch = max(t.height for t in thumbs) + 12, round(font_size * 1.3)
+    heights = [max(34, pitch * len(lines) + 8) for lines in wrapped]
+    sheet = Image.new('RGB', (left + cell * len(images) + 8, top + sum(heights) + 8), 'white')
+    pen = ImageDraw.Draw(sheet)
+    for j, thumb in enumerate(thumbs):
+        sheet.paste(thumb, (left + j * cell + (cell - thumb.width) // 2, 6))
+    low, high = min(map(min, values)), max(map(max, values))
+    y = top
+    for lines, row, height in zip(wrapped, values, heights):
+        for k, line in enumerate(lines):
+            pen.text((6, y + 3 + k * pitch), line, font=font, fill='black')
+        for j, value in enumerate(row):
+            box = left + j * cell + 2, y + 2, left + (j + 1) * cell - 3, y + height - 3
+            share = (value - low) / (high - low or 1)
+            pale = round(255 - 150 * share)
+            pen.rectangle(box, fill=(pale, 255 - round(40 * share), pale), outline='black' if value == max(row) else None)
+            pen.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), f'{value:.2f}', font=font, fill='black', anchor='mm')
+        y += height
+    return sheet
+
+
 def token_sheet(images, tokens, width=720, size=14, height=160):
     """
     Images side by side and, below them, a sequence of (text, kind) tokens, each in its box: green what is 'learnt', blue
@@ -340,7 +369,7 @@ width = 512         # box, in pixels: the quickstart's
 height = 24
 trim = True         # cut the picture to the width of the text
 font = ''           # .ttf/.otf file or a folder of them; '' is Pillow's built-in font
-augment = 0.0       # strength of the random colours, place, rotation, blur and noise, 0 to 1
+distort = 0.0       # strength of the random colours, place, rotation, blur and noise, 0 to 1
 seed = 1337
 
 
@@ -355,7 +384,7 @@ def main():
     missing = sorted({c for c in text if not has_glyph(c, face)})
     if missing:
         print(f'the font has no glyph for {" ".join(map(repr, missing))}: drawn as boxes', file=sys.stderr)
-    extra = augmentation(rng, augment)
+    extra = augmentation(rng, distort)
     image = draw(text, width, height, face, trim=trim, **extra)
     image.save(out)
     print(f'{out}: {image.width}x{image.height} pixels', file=sys.stderr)

@@ -8,17 +8,22 @@ What you do with a trained model: ask it, chat with it, score it. The answer alo
     $ python sample.py --image a.png --logprobs                              # how sure is it, and of which words not?
     $ python sample.py --out_dir=out/text_bytes --prompt "The with statement" --temperature=0.8 --num_samples=3
     $ python sample.py --eval=data/mine/val.jsonl                            # greedy CER and exact match, CSV, pictures
+    $ python sample.py --eval=coco_captions                                  # captions: BLEU-4, ROUGE-L and CIDEr-D, too
+    $ python sample.py --out_dir=out/qformer_cpu --eval=pydoc                # of an Aligner: recall, and a similarity grid
     $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --interactive     # a text model, as it is
     $ python sample.py --out_dir=out/mine --export=DIR                       # safetensors, the text part for transformers
 """
 
 import csv
+import functools
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import torch
@@ -26,10 +31,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import render
+import vision
 from configurator import configure, run
-from model import GPT, GPT2, load_checkpoint, to_hugging_face
-from prepare_data import (ASSISTANT, IM_START, IMAGE, Examples, JsonLines, collate, decode, drawable_ids, end_tokens,
-                          get_tokenizer, held_out_examples, load_image, text_length, tokenize, tokenizer_files)
+from model import GPT, GPT2, Aligner, load_checkpoint, to_hugging_face
+from prepare_data import (ASSISTANT, IM_START, IMAGE, Examples, JsonLines, caption_ids, collate, decode, drawable_ids,
+                          end_tokens, get_tokenizer, held_out_examples, load_image, look, reference, text_length, tokenize,
+                          tokenizer_files)
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'     # out_dir's checkpoint; or a text model of Hugging Face's, by name or folder, as in train.py
@@ -121,6 +128,98 @@ def score(predictions, references):
     return {'cer': sum(edits) / max(1, sum(map(len, references))), 'exact': edits.count(0) / max(1, len(edits))}
 
 
+# captions, of which several may be right: what the field reports, as pycocoevalcap computes it
+
+def caption_words(text):
+    """Lower case, without punctuation. (The field's tokenizer, the Penn Treebank's, is in Java; it tears "don't" in two.)"""
+    return re.findall(r"\w+(?:['’]\w+)?", text.lower())
+
+
+def ngrams(words, n):
+    """{n words behind one another: how often}"""
+    return Counter(zip(*(words[i:] for i in range(n))))
+
+
+def bleu(predictions, references):
+    """
+    BLEU-4 of all predictions together, each a list of words; references: several such lists for each. The geometric mean of
+    four precisions (of an n-gram no more counts than one reference has), and a penalty if they are shorter than the
+    references nearest in length, https://aclanthology.org/P02-1040.
+    """
+    right, made, length, wanted = [0] * 4, [0] * 4, 0, 0
+    for words, refs in zip(predictions, references):
+        length += len(words)
+        wanted += min((abs(len(r) - len(words)), len(r)) for r in refs)[1]
+        for n in range(4):
+            most = functools.reduce(operator.or_, (ngrams(r, n + 1) for r in refs))  # of Counters: the larger counts
+            right[n] += (ngrams(words, n + 1) & most).total()
+            made[n] += max(0, len(words) - n)
+    # the small numbers are pycocoevalcap's: nothing right is not quite 0
+    precision = math.prod((r + 1e-15) / (m + 1e-9) for r, m in zip(right, made)) ** 0.25
+    return precision * min(1.0, math.exp(1 - (wanted + 1e-9) / (length + 1e-15)))
+
+
+def rouge_l(predictions, references):
+    """
+    Mean ROUGE-L: the F-score (beta 1.2) of the longest common subsequence of words, of the references the best precision
+    and the best recall, https://aclanthology.org/W04-1013.
+    """
+    scores = []
+    for words, refs in zip(predictions, references):
+        common = [len(words) + len(r) - indel_distance(words, r) for r in refs]  # twice the subsequence
+        p = max(c / 2 / max(1, len(words)) for c in common)
+        r = max(c / 2 / max(1, len(ref)) for c, ref in zip(common, refs))
+        scores.append((1 + 1.2**2) * p * r / (r + 1.2**2 * p) if p and r else 0.0)
+    return sum(scores) / len(scores)
+
+
+def indel_distance(a, b):
+    """The least number of items to insert or delete to make b of a."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(last[j - 1] if x == y else 1 + min(last[j], row[j - 1]))
+    return row[-1]
+
+
+def cider_d(predictions, references):
+    """
+    Mean CIDEr-D: the cosine of n-gram counts (n = 1 to 4), rare n-grams weighing more, counts clipped at the reference's, and
+    a penalty for another length, times 10, https://arxiv.org/abs/1411.5726. What is rare, the references of all images say:
+    on a handful of images, or on one, it means nothing.
+    """
+    found = Counter()  # in the references of how many images
+    for refs in references:
+        found.update({g for r in refs for n in range(4) for g in ngrams(r, n + 1)})
+    images = math.log(len(references))
+
+    def weigh(words):
+        """For each n: {n-gram: its count times its rarity}, and the length of that vector."""
+        vectors = [{g: c * (images - math.log(max(1, found[g]))) for g, c in ngrams(words, n + 1).items()} for n in range(4)]
+        return [(v, math.sqrt(sum(x * x for x in v.values()))) for v in vectors]
+
+    scores = []
+    for words, refs in zip(predictions, references):
+        mine, total = weigh(words), 0.0
+        for ref in refs:
+            # the lengths are counted in pairs of words, as in the authors' code
+            penalty = math.exp(-((max(0, len(words) - 1) - max(0, len(ref) - 1)) ** 2) / (2 * 6.0**2))
+            for (a, size_a), (b, size_b) in zip(mine, weigh(ref)):
+                dot = sum(min(x, b[g]) * b[g] for g, x in a.items() if g in b)
+                total += penalty * (dot / (size_a * size_b) if size_a and size_b else dot)
+        scores.append(10 * total / 4 / len(refs))
+    return sum(scores) / len(scores)
+
+
+def score_captions(predictions, examples):
+    """BLEU-4, ROUGE-L and CIDEr-D of predictions for examples with "references"."""
+    predictions = [caption_words(p) for p in predictions]
+    references = [[caption_words(r) for r in e['references']] for e in examples]
+    return {'bleu4': bleu(predictions, references), 'rouge_l': rouge_l(predictions, references),
+            'cider_d': cider_d(predictions, references)}
+
+
 def is_question(example):
     """Whether it has an answer to be scored: a conversation, or images with a caption behind the last one."""
     return 'messages' in example or bool(example.get('images')) and 'infix' not in example and bool(reference(example).strip())
@@ -129,11 +228,6 @@ def is_question(example):
 def question(example):
     """The example as it is put to the model."""
     return example if 'messages' in example else {**example, 'text': example['text'].rpartition(IMAGE)[0] + IMAGE}
-
-
-def reference(example):
-    """What the model should have answered: the last message's text, or the text behind the last image."""
-    return example['messages'][-1]['content'] if 'messages' in example else example['text'].rpartition(IMAGE)[2]
 
 
 def answer_sheet(examples, predictions):
@@ -146,16 +240,86 @@ def answer_sheet(examples, predictions):
 
 
 # -----------------------------------------------------------------------------
+# retrieval: which caption belongs to which picture?
+
+def pairs_of(examples, most):
+    """
+    Held-out pictures and captions in which each has its right answers: (examples, one for each picture; captions; owner, the
+    picture that each caption belongs to). A picture may have several captions, under "references"; one that shares an
+    image or a caption with an earlier one is left out.
+    """
+    pictures, captions, owner, seen = [], [], [], set()
+    for example in examples:
+        own = list(dict.fromkeys(example.get('references') or [reference(example).strip()]))
+        names = {*own, *(s for s in example.get('images') or [] if isinstance(s, str))}
+        if len(example.get('images') or []) == 1 and all(own) and not names & seen:
+            seen |= names
+            captions += own
+            owner += [len(pictures)] * len(own)
+            pictures.append(example)
+        if len(pictures) == most:
+            break
+    if len(pictures) < 2:
+        raise ValueError('retrieval needs held-out pictures with a caption each, and there are fewer than two')
+    return pictures, captions, torch.tensor(owner)
+
+
+@torch.no_grad()
+def embed_images(model, tokenizer, examples, autocast, features=None):
+    """An Aligner's vectors of the examples' pictures, (N, K, D) float32 on the CPU."""
+    images = vision.collate([look(e['images'][0], model.config, features) for e in examples], model.config)
+    with autocast:
+        return model.image_vectors(*model.see([t.to(model.logit_scale.device) for t in images])).float().cpu()
+
+
+@torch.no_grad()
+def embed_texts(model, tokenizer, captions, autocast, features=None):
+    """An Aligner's vectors of captions, (N, D) float32 on the CPU."""
+    ids = [torch.tensor(caption_ids(caption, tokenizer, model.config)) for caption in captions]
+    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+    with autocast:
+        return model.text_vectors(ids.to(model.logit_scale.device)).float().cpu()
+
+
+def recall(image_vectors, text_vectors, owner):
+    """
+    How well pictures (N, K, D) and captions (M, D) find one another; caption j belongs to picture owner[j]. Returns a dict: the
+    share of pictures of which a right caption is among the k most similar (i2t_r1, i2t_r5, i2t_r10), the same of captions
+    (t2i_...), what guessing would give (chance_r1), and the mean cosine of two pictures: near 1, all of them have collapsed
+    into one. What is just as similar as the right one counts as more similar, or a collapsed model would be perfect.
+    """
+    similarity = torch.einsum('nkd,md->nmk', image_vectors, text_vectors).amax(-1)       # (N, M)
+    N, M = similarity.shape
+    right = owner == torch.arange(N)[:, None]                                            # (N, M)
+    best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)               # (N, 1)
+    ahead = {'i2t': ((similarity >= best) & ~right).sum(1),                              # (N)
+             't2i': (similarity >= similarity[owner, torch.arange(M)]).sum(0) - 1}       # (M)
+    out = {f'{way}_r{k}': (n < k).float().mean().item() for way, n in ahead.items() for k in (1, 5, 10)}
+    mean = torch.nn.functional.normalize(image_vectors.mean(1), dim=-1)                  # (N, D)
+    return {**out, 'chance_r1': 1 / N, 'cosine': ((mean.sum(0).square().sum() - N) / (N * (N - 1))).item()}
+
+
+def retrieval_grid(examples, image_vectors, text_vectors, owner, captions, size=8):
+    """The first pictures as columns, a caption of each as rows, and in each cell how similar the two are."""
+    size = min(size, len(examples))
+    chosen = [owner.tolist().index(i) for i in range(size)]
+    similarity = torch.einsum('nkd,md->nmk', image_vectors[:size], text_vectors[chosen]).amax(-1)
+    return render.similarity_grid([load_image(e['images'][0]) for e in examples[:size]], [captions[j] for j in chosen],
+                                  similarity.T.tolist())
+
+
+# -----------------------------------------------------------------------------
 
 def load():
-    """The model in eval mode on the device, its tokenizer, and the knobs it was trained with."""
+    """The model (a GPT or an Aligner) in eval mode on the device, its tokenizer, and the knobs it was trained with."""
     if init_from == 'resume':
         path = os.path.join(out_dir, checkpoint)
         state = load_checkpoint(path)
         moved = {'vision_encoder': vision_encoder} if vision_encoder else {}
         if state['model_args'].get('lora_scope') != 'image':
             moved['lora_rank'] = 0  # merges the updates: the same answers, faster. Those behind images only stay apart
-        model = GPT.from_state(state, path, dropout=0.0, **moved)
+        learnt = Aligner if state['model_args'].get('objective', 'lm') != 'lm' else GPT
+        model = learnt.from_state(state, path, dropout=0.0, **moved)
         named = state.get('config', {}).get('tokenizer') or 'gpt2'
     else:
         path, state, named = init_from, {}, 'gpt2' if init_from in GPT2 else init_from
@@ -172,7 +336,8 @@ def load():
     if needed > model.config.vocab_size:
         raise ValueError(f'the tokenizer {encoding.name} has {needed} ids, the model only '
                          f'{model.config.vocab_size}: name the one it was trained with by --tokenizer')
-    print(f'{path}: iteration {state.get("iter_num", 0)}, {model.get_num_params() / 1e6:.2f}M parameters', file=sys.stderr)
+    count = sum(p.numel() for p in model.parameters())
+    print(f'{path}: iteration {state.get("iter_num", 0)}, {count / 1e6:.2f}M parameters', file=sys.stderr)
     config.chat = state.get('chat', IM_START in encoding._special_tokens)
     return model, encoding, config, torch.autocast(place.split(':')[0], kind, enabled=kind != torch.float32)
 
@@ -258,8 +423,8 @@ def caption_folder(model, encoding, folder, as_chat):
     print(f'{len(rows)} captions in {table}, the first {len(shown)} as pictures in {sheet}', file=sys.stderr)
 
 
-def evaluate(model, encoding, config):
-    """Greedy answers to a held-out set: scores to stdout as JSON, eval.csv and eval.png to out_dir."""
+def held_out(config, most):
+    """Up to `most` examples of what --eval names, a .jsonl file or a dataset, one after another."""
     if os.path.isfile(eval) and eval.endswith('.jsonl'):
         examples = Examples(JsonLines(eval), config, seed=0, tasks='read', shuffle=False)
     else:
@@ -267,8 +432,32 @@ def evaluate(model, encoding, config):
     rows = examples.rows
     # plain text gives any number of examples, each another picture
     drawn = 'messages' not in rows[0] and not rows[0].get('images')
-    examples = [examples[i] for i in range(eval_samples if drawn else min(eval_samples, len(rows)))]
-    examples = [e for e in examples if is_question(e)]
+    return (examples[i] for i in range(most if drawn else min(most, len(rows))))
+
+
+def retrieve(model, encoding, config, autocast):
+    """Of an Aligner: recall to stdout as JSON; each caption's rank among those of its picture, and a grid, to out_dir."""
+    examples, captions, owner = pairs_of(held_out(config, 4 * eval_samples), eval_samples)
+    embed = lambda work, things: torch.cat([work(model, encoding, things[i:i + batch_size], autocast)
+                                            for i in tqdm(range(0, len(things), batch_size), unit='batch')])
+    images, texts = embed(embed_images, examples), embed(embed_texts, captions)
+    table, sheet = os.path.join(out_dir, 'eval.csv'), os.path.join(out_dir, 'eval.png')
+    similarity = torch.einsum('nkd,md->nmk', images, texts).amax(-1)                     # (N, M)
+    with open(table, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f)
+        writer.writerow(['image', 'caption', 'cosine', 'rank', 'nearest'])
+        for j, (caption, i) in enumerate(zip(captions, owner.tolist())):
+            source, rank = examples[i]['images'][0], int((similarity[i] > similarity[i, j]).sum()) + 1
+            writer.writerow([source if isinstance(source, str) else 'drawn', caption, f'{similarity[i, j]:.4f}', rank,
+                             captions[int(similarity[i].argmax())]])
+    retrieval_grid(examples, images, texts, owner, captions).save(sheet)
+    print(f'{len(examples)} pictures and {len(captions)} captions in {table}; the first of them in {sheet}', file=sys.stderr)
+    print(json.dumps({'n': len(examples), **recall(images, texts, owner)}))
+
+
+def evaluate(model, encoding, config):
+    """Greedy answers to a held-out set: scores to stdout as JSON, eval.csv and eval.png to out_dir."""
+    examples = [e for e in held_out(config, eval_samples) if is_question(e)]
     if not examples:
         raise ValueError(f'{eval} has nothing to answer: expected rows with "messages", or with a text behind an <image>')
     predictions = []
@@ -287,7 +476,8 @@ def evaluate(model, encoding, config):
     if any(e.get('images') for e in examples[:64]):
         answer_sheet(examples[:64], predictions[:64]).save(sheet)
         print(f'the first 64 as pictures in {sheet}', file=sys.stderr)
-    print(json.dumps({'n': len(examples), **score(predictions, [reference(e) for e in examples])}))
+    captions = score_captions(predictions, examples) if all(e.get('references') for e in examples) else {}
+    print(json.dumps({'n': len(examples), **score(predictions, [reference(e) for e in examples]), **captions}))
 
 
 def export_model(model, encoding, config):
@@ -321,6 +511,11 @@ def main():
     if dtype not in ('', 'float32', 'bfloat16', 'float16'):
         raise ValueError(f'--dtype must be float32, bfloat16 or float16, got {dtype!r}')
     model, encoding, config, autocast = load()
+    if isinstance(model, Aligner):
+        if not eval:
+            raise ValueError(f'{out_dir} has learnt {model.config.objective}, to compare pictures and captions, and cannot '
+                             'speak: --eval=DATASET measures it, and train.py --vision_from gives its eyes to a GPT')
+        return retrieve(model, encoding, config, autocast)
     # a model that was trained to go on with texts has never seen the tokens of a conversation
     as_chat = chat == 'yes' or chat == 'auto' and config.chat
     if as_chat and encoding._special_tokens.get(ASSISTANT, 0) >= model.config.vocab_size:

@@ -29,10 +29,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, run
-from model import GPT, GPT2, GPTConfig, is_pretrained, load_checkpoint, read_weights
+from model import GPT, GPT2, Aligner, GPTConfig, is_pretrained, load_checkpoint, read_eyes, read_weights
 from prepare_data import (IMAGE, Batches, Examples, StoredFeatures, collate, get_tokenizer, held_out_examples, load_image,
                           open_rows, parse_tasks, tokenize)
-from sample import answer, answer_sheet, find_device, is_question, question, reference, score
+from sample import (answer, answer_sheet, embed_images, embed_texts, find_device, is_question, pairs_of, question, recall,
+                    reference, retrieval_grid, score)
 
 # -----------------------------------------------------------------------------
 # run
@@ -58,6 +59,9 @@ tokenizer = ''                 # bytes, gpt2, the path of a nanoGPT meta.pkl, wo
 #                                the hub; '' takes that of init_from, and bytes from scratch
 system_prompt = 'auto'         # what conversations in ChatML begin with; auto: as the chat template of the model says
 tasks = 'read:1'               # what plain text becomes: read, continue, text, with weights: 'read:0.8 text:0.2'
+objective = 'lm'               # the next token; or itc, itc+itm, itc+itm+itg: encoder and Q-Former learn from pictures and
+#                                their captions without a GPT, BLIP-2's first stage; captions are cut at block_size tokens
+align_dim = 256                # of that stage: the vectors in which pictures and captions are compared
 loss_on = 'assistant'          # of conversations, learn the assistant's words, or 'all'
 gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
 batch_size = 12                # examples in a micro-batch
@@ -69,6 +73,7 @@ image_height = 16
 one_line = True                # True: white space is one space, the picture as wide as its line; False: a page
 min_chars = 16                 # task read: characters in a picture
 max_chars = 32
+spell = False                  # task read: learn a token for each character, not the tokenizer's longer ones
 grow_iters = 0                 # task read: steps over which pictures grow from a few characters to full length
 min_span = 200                 # tasks continue and text: characters of the text
 max_span = 4000
@@ -77,7 +82,9 @@ infix_max = 0.4
 font = ''                      # a .ttf/.otf file or a folder of them; '' is Pillow's built-in font
 font_min = 6                   # font sizes, pixels
 font_max = 200
-augment = 0.0                  # strength of random colours, place, rotation, blur and noise, 0 to 1
+distort = 0.0                  # strength of random colours, place, rotation, blur and noise, 0 to 1
+# image files
+augment = ''                   # crop, colour or crop+colour: another part of a picture, other colours, at each look
 # model
 n_layer = 12
 n_head = 12
@@ -101,9 +108,15 @@ lora_scope = 'all'             # image: the updates act from a sequence's first 
 # vision
 vision_encoder = ''            # '' for a text-only GPT, vit for the small ViT trained from scratch, or a tower by name:
 #                                ViT-L-14-quickgelu/openai, timm/vit_small_patch14_dinov2.lvd142m (see vision.py)
-vision_from = ''               # a checkpoint whose small ViT, trained under another GPT, becomes this model's
-connector = 'mlp'              # linear, mlp, or pool
+vision_from = ''               # a checkpoint whose small ViT or Q-Former becomes this model's, or Salesforce/blip2-itm-vit-g
+#                                or another BLIP-2 of the hub or in a folder, whose Q-Former does
+connector = 'mlp'              # linear, mlp, pool or qformer
 pool_size = 2                  # connector pool: k x k patches become one token
+n_queries = 32                 # connector qformer: any image becomes as many tokens
+qformer_n_layer = 12
+qformer_n_head = 12
+qformer_n_embd = 768
+qformer_cross = 2              # every second layer looks at the image
 patch_height = 16
 patch_width = 16
 max_image_tokens = 256         # a larger image is scaled down, keeping its aspect, to make at most as many tokens
@@ -114,11 +127,13 @@ vision_n_embd = 384
 vision_layer = -2              # of a tower: the layer whose features are taken; -1 is the last, with its final norm
 vision_cls = False             # of a tower: keep the class token
 image_fit = 'pad'              # of a tower: how a picture becomes its square: pad, squash or crop
-stored_features = True         # of a frozen tower: take those that prepare_data.py features has stored, if it has
+stored_features = True         # of a frozen tower: take those that prepare_data.py features has stored, if it has (and
+#                                augment is not asked for)
 # optimizer
 optimizer = 'adamw'            # adamw, or muon for the hidden matrices and adamw for the rest
 learning_rate = 6e-4           # max learning rate of the GPT; 0 freezes it
 vision_lr = 6e-4               # of the encoder
+qformer_lr = 6e-4              # of the Q-Former
 connector_lr = 6e-4            # of the connector
 muon_lr = 0.02                 # of the hidden matrices under optimizer muon
 max_iters = 600000             # total number of training iterations
@@ -184,12 +199,18 @@ def build_model(config, tokenizer):
         vocab_size = -(-tokenizer.n_vocab // 64) * 64  # padded for efficiency; the spare ids are never drawn
         if config.lora_rank:
             raise ValueError('lora_rank adapts a model that can already do something: say which by --init_from')
-        return GPT(GPTConfig(**args, vocab_size=vocab_size, image_token=tokenizer.encode_single_token(IMAGE))), None
+        shape, eyes = read_eyes(config.vision_from, config) if config.vision_from else ({}, {})
+        args |= {'vocab_size': vocab_size, 'image_token': tokenizer.encode_single_token(IMAGE), **shape}
+        model = (GPT if config.objective == 'lm' else Aligner)(GPTConfig(**args))
+        if eyes:
+            take_eyes(model, eyes, config, shape)
+        return model, None
     if config.init_from != 'resume':
         return adopt_model(config, tokenizer), None
     path = os.path.join(config.out_dir, 'ckpt.pt')
     checkpoint = load_checkpoint(path)
-    model = GPT.from_state(checkpoint, path, dropout=config.dropout)
+    kind = GPT if checkpoint['model_args'].get('objective', 'lm') == 'lm' else Aligner
+    model = kind.from_state(checkpoint, path, dropout=config.dropout)
     if config.block_size != model.config.block_size:
         raise ValueError(f'{path} was trained with block_size {model.config.block_size}, and a resumed run keeps it: '
                          f'to change it, start from its weights with --init_from={path}')
@@ -209,6 +230,9 @@ def adopt_model(config, tokenizer):
     LoRA. Its own shape and its own eyes stay as they are.
     """
     source = config.init_from
+    if config.objective != 'lm':
+        raise ValueError(f'objective {config.objective} has no GPT to start from: leave --init_from out; --vision_from=CKPT '
+                         'brings eyes')
     args, state, base = read_weights(source)
     known = vars(GPTConfig(**args))
     # the tokenizer has to be the source's: its ids, some special tokens, and a few rows of padding
@@ -224,24 +248,20 @@ def adopt_model(config, tokenizer):
         changes['vocab_size'] = -(-tokenizer.n_vocab // 64) * 64
     asked = {key: getattr(config, key) for key in known if hasattr(config, key) and key not in changes}
     eyes = None
-    if config.vision_encoder and not known['vision_encoder']:
+    if (config.vision_encoder or config.vision_from) and not known['vision_encoder']:
         names = list(known)  # the eyes are new: what GPTConfig lists from vision_encoder on is as this run says
         changes |= {key: asked.pop(key) for key in names[names.index('vision_encoder'):] if key in asked}
         changes['image_token'] = image_token
-        if config.vision_from:  # or as another model's are
-            shape, eyes, _ = read_weights(config.vision_from)
-            if shape.get('vision_encoder') != 'vit':
-                raise ValueError(f'vision_from={config.vision_from} has no small ViT to take over')
-            asked |= {key: changes[key] for key in VIT}
-            changes |= {key: shape.get(key, known[key]) for key in VIT}
-            known |= {key: changes[key] for key in VIT}
+        if config.vision_from:  # or another model's
+            shape, eyes = read_eyes(config.vision_from, config)
+            changes |= shape
     elif config.vision_encoder not in ('', known['vision_encoder']):
         raise ValueError(f'{source} already has eyes, {known["vision_encoder"]!r}, and this run asks for '
                          f'{config.vision_encoder!r}: start from a text model, or leave vision_encoder as it is')
     kept = {key: known[key] for key, value in asked.items() if known[key] != value}
     model = GPT.from_weights(args, state, base, source, **changes)
     if eyes:
-        model.take_encoder(eyes)
+        take_eyes(model, eyes, config, shape)
     if int(os.environ.get('RANK', 0)) == 0:
         print(f'{source}:\n{model.changes}', file=sys.stderr)
         if kept:
@@ -249,14 +269,19 @@ def adopt_model(config, tokenizer):
     return model
 
 
-# what makes a small ViT, and how it wants to see a picture
-VIT = ('vision_encoder', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'vision_n_layer', 'vision_n_head',
-       'vision_n_embd')
+def take_eyes(model, eyes, config, shape):
+    """Gives the model the eyes that read_eyes has read, and says what they are."""
+    taken = model.vision.take(eyes, config.vision_from)
+    if model.vision.connector is not None and config.init_from != 'scratch':
+        model.match_rms()
+    if int(os.environ.get('RANK', 0)) == 0:
+        told = ', '.join(f'{key} {value!r}' for key, value in shape.items() if getattr(config, key, value) != value)
+        print(f'{" and ".join(taken)} of {config.vision_from}' + (f', so {told}' if told else ''), file=sys.stderr)
 
 
 def get_lr_scale(it, config):
     """The share of its full learning rate that every part has at step `it`: linear warmup, then a cosine."""
-    top = config.learning_rate or max(config.vision_lr, config.connector_lr)
+    top = config.learning_rate or max(config.vision_lr, config.qformer_lr, config.connector_lr)
     floor = config.min_lr / top
     if not config.decay_lr:
         return 1.0
@@ -324,18 +349,13 @@ class Evaluation:
 
     def answers(self, model, autocast):
         """Greedy answers to self.questions, on every rank."""
-        size, found = self.config.batch_size, {}
-        for i in range(self.place.rank * size, len(self.questions), self.place.world * size):
+        def ask(some):
+            # as long as the longest answer and a bit: a model that rambles on is wrong anyway
+            longest = max(len(reference(e) if e.get('spell') else self.tokenizer.encode_ordinary(reference(e))) for e in some)
             with autocast:
-                # as long as the longest answer and a bit: a model that rambles on is wrong anyway
-                longest = max(len(self.tokenizer.encode_ordinary(reference(e))) for e in self.questions[i:i + size])
-                asked = [question(e) for e in self.questions[i:i + size]]
-                found[i] = answer(model, self.tokenizer, asked, longest + 8, features=self.features)
-        if self.place.ddp:
-            shares = [None] * self.place.world
-            dist.all_gather_object(shares, found)
-            found = {i: texts for share in shares for i, texts in share.items()}
-        return [text for i in sorted(found) for text in found[i]]
+                return answer(model, self.tokenizer, [question(e) for e in some], longest + 8, features=self.features)
+
+        return spread(ask, self.questions, self.config.batch_size, self.place)
 
     @torch.no_grad()
     def run(self, model, autocast):
@@ -375,6 +395,55 @@ class Evaluation:
         recovery = {name: (losses['none'] - losses[key]) / told for name, key in
                     (('R', 'pixels'), ('R_blank', 'blank'), ('R_shuffled', 'shuffled'))}
         return {'pixels_loss': losses['pixels'], 'none_loss': losses['none'], 'infix_loss': losses['infix'], **recovery}
+
+
+class RetrievalEvaluation:
+    """
+    The held-out pairs of an Aligner: val_loss and the losses that it is the sum of; recall at 1, 5 and 10 of pictures
+    (i2t) and captions (t2i) with what guessing would give; the mean cosine of two pictures, which tells a collapse.
+    """
+
+    def __init__(self, config, tokenizer, model_config, place, features=None):
+        self.config, self.tokenizer, self.model_config, self.place = config, tokenizer, model_config, place
+        self.features = features
+        held_out = held_out_examples(config.dataset, config, 'read')
+        drawn = 'messages' not in held_out.rows[0] and not held_out.rows[0].get('images')
+        n = 4 * config.eval_samples if drawn else len(held_out.rows)
+        self.examples, self.captions, self.owner = pairs_of((held_out[i] for i in range(n)), config.eval_samples)
+
+    @torch.no_grad()
+    def run(self, model, autocast):
+        """The dict of log.jsonl's "eval", and the similarity grid or None."""
+        model.eval()
+        torch.manual_seed(self.config.seed)  # the wrong pairs of ITM, the same at every evaluation
+        size, rows = self.config.batch_size, self.examples[:self.config.eval_iters * self.config.batch_size]
+
+        def losses(some):
+            batch = collate([tokenize(e, self.tokenizer, self.model_config, features=self.features) for e in some],
+                            self.model_config)
+            with autocast:
+                parts, _ = model(*to_device(batch, self.place.device))
+            return [{'pairs': len(some), **{name: loss.item() for name, loss in parts.items()}}]
+
+        found = spread(losses, rows, size, self.place)
+        parts = {k: sum(f['pairs'] * f[k] for f in found) / len(rows) for k in found[0] if k != 'pairs'}
+        embed = lambda work, things: torch.stack(spread(
+            lambda some: list(work(model, self.tokenizer, some, autocast, self.features)), things, size, self.place))
+        images, texts = embed(embed_images, self.examples), embed(embed_texts, self.captions)
+        out = {'val_loss': sum(parts.values()), **parts, **recall(images, texts, self.owner), 'n': len(images)}
+        sheet = retrieval_grid(self.examples, images, texts, self.owner, self.captions) if self.place.rank == 0 else None
+        model.train()
+        return out, sheet
+
+
+def spread(work, things, size, place):
+    """The results of work(things[i:i + size]), a list each, one behind another; every rank does its share of the calls."""
+    found = {i: work(things[i:i + size]) for i in range(place.rank * size, len(things), place.world * size)}
+    if place.ddp:
+        shares = [None] * place.world
+        dist.all_gather_object(shares, found)
+        found = {i: results for share in shares for i, results in share.items()}
+    return [result for i in sorted(found) for result in found[i]]
 
 
 def blank(examples):
@@ -540,7 +609,7 @@ class Run:
         self.raw_model.to(place.device)
         self.optimizers = self.raw_model.configure_optimizers(
             config.weight_decay, config.learning_rate, (config.beta1, config.beta2), place.device_type, config.vision_lr,
-            config.connector_lr, config.optimizer, config.muon_lr)
+            config.connector_lr, config.optimizer, config.muon_lr, config.qformer_lr)
         for p in self.raw_model.parts()['gpt'].values():
             if not p.requires_grad:  # what only computes is kept in the dtype it computes in
                 p.data = p.data.to(getattr(torch, place.dtype))
@@ -550,13 +619,17 @@ class Run:
         if checkpoint:
             self.resume(checkpoint)
         self.first_iter = self.iter_num
-        features = StoredFeatures.find(config.dataset, self.raw_model.config) if config.stored_features else None
+        stored = config.stored_features and not config.augment
+        features = StoredFeatures.find(config.dataset, self.raw_model.config) if stored else None
         if features and place.rank == 0:
             print(f'the encoder rests: its features come from {features.folder}', file=sys.stderr)
-        self.evaluation = Evaluation(config, tokenizer, self.raw_model.config, place, features)
+        kind = Evaluation if self.raw_model.config.objective == 'lm' else RetrievalEvaluation
+        self.evaluation = kind(config, tokenizer, self.raw_model.config, place, features)
         self.loader = open_loader(rows, config, tokenizer, self.raw_model.config, place, self.iter_num, features)
         self.log = Log(config, place, self.iter_num)
-        self.model = torch.compile(self.raw_model) if config.compile else self.raw_model
+        # of an Aligner the wrong pairs of ITM are drawn in the middle of it, which no graph can hold
+        speaks = self.raw_model.config.objective == 'lm'
+        self.model = torch.compile(self.raw_model) if config.compile and speaks else self.raw_model
         if place.ddp:
             devices = [place.device] if place.device_type == 'cuda' else None
             self.model = DDP(self.model, device_ids=devices)
@@ -622,7 +695,7 @@ class Run:
         if not math.isfinite(row['loss']):
             raise ValueError(f'the loss is {row["loss"]} after {self.iter_num} steps: lower the learning rates or check the '
                              'data; the last checkpoint is untouched')
-        if place.device_type == 'cuda':
+        if place.device_type == 'cuda' and self.raw_model.config.objective == 'lm':
             sequences = self.tokens / place.world / self.raw_model.config.block_size
             row['mfu'] = self.raw_model.estimate_mfu(sequences, self.seconds)
         self.seconds, self.tokens = 0.0, 0

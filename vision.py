@@ -6,7 +6,8 @@ Images -> image tokens: everything between a picture and the embeddings that the
     ViT          patches -> features: a small Vision Transformer, trained from scratch      (an encoder)
     Tower        patches -> features: CLIP, SigLIP, DINOv2 ... with the weights of others   (an encoder)
     pool         features -> their mean over each cell of k x k patches
-    Connector    features -> embeddings as wide as the GPT's: linear or mlp
+    QFormer      features -> a few queries that have looked at them, however many features there are
+    Connector    features or queries -> embeddings as wide as the GPT's: linear or mlp
     Vision       all of it in one module: what `GPT.vision` is
 
 The ViT looks at a picture at its native resolution: it keeps its size and aspect and becomes as many patches as it takes,
@@ -21,6 +22,7 @@ References:
 2) NaViT, patches of images of many sizes in one batch: https://arxiv.org/abs/2307.06304
 3) LLaVA, a frozen CLIP's penultimate layer: https://arxiv.org/abs/2304.08485
 4) LLaVA-1.5, the two-layer MLP connector, and padding to a square: https://arxiv.org/abs/2310.03744
+5) BLIP-2, the Q-Former: https://arxiv.org/abs/2301.12597
 """
 
 import difflib
@@ -144,6 +146,8 @@ def preprocess(image, config):
 
 def num_tokens(image, config):
     """Number of image tokens of a picture: (patches, grid), or (features, grid) if a frozen tower has seen it before."""
+    if config.connector == 'qformer':
+        return config.n_queries
     x, grid = image
     return len(grid) if x.is_floating_point() else len(grid) // cell_size(config) ** 2
 
@@ -387,19 +391,151 @@ def pool(x, grid, k):
     return mean, valid.any(2).squeeze(-1)
 
 
+class Attention(nn.Module):
+    """Multi-head attention of x to `context`, which is x itself or an image, and the sum of both, normalised as in BERT."""
+
+    def __init__(self, width, context_width, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(context_width, width), nn.Linear(context_width, width)
+        self.proj = nn.Linear(width, width)
+        self.ln = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x, context, mask):
+        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                    # (N, nh, T or L, hs)
+                   for t in (self.q(x), self.k(context), self.v(context)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.ln(x + self.proj(y.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """BERT's: two layers, and the sum with what they were given, normalised."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.ln = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, x):
+        return self.ln(x + self.proj(F.gelu(self.fc(x))))
+
+
+class QFormerBlock(nn.Module):
+    """
+    Queries and text go through one self-attention, whose mask says who sees whom. Then the ways part: queries look at the
+    image, if this layer does, and each kind has a feed-forward network of its own.
+    """
+
+    def __init__(self, config, image_width, looks, reads):
+        super().__init__()
+        width, n_head = config.qformer_n_embd, config.qformer_n_head
+        self.attn = Attention(width, width, n_head)
+        self.cross_attn = Attention(width, image_width, n_head) if looks else None
+        self.query_mlp = FeedForward(width)
+        self.text_mlp = FeedForward(width) if reads else None
+
+    def forward(self, x, n_queries, mask, image, image_mask):
+        x = self.attn(x, x, mask)                                                        # (N, K + T, C)
+        queries, text = x[:, :n_queries], x[:, n_queries:]
+        if n_queries:
+            if self.cross_attn is not None:
+                queries = self.cross_attn(queries, image, image_mask)
+            queries = self.query_mlp(queries)
+        return torch.cat([queries, self.text_mlp(text)], dim=1) if text.shape[1] else queries
+
+
+def qformer_mask(kind, n_queries, valid):
+    """
+    Who sees whom in the Q-Former's self-attention, bool (N, 1, K + T, K + T), for texts of which `valid`, bool (N, T), is not
+    padding. Rows look, columns are looked at; here with two queries and three tokens:
+
+        itc  q q t t t      itm  q q t t t      itg  q q t t t
+           q 1 1 . . .         q 1 1 1 1 1         q 1 1 . . .
+           q 1 1 . . .         q 1 1 1 1 1         q 1 1 . . .
+           t . . 1 1 1         t 1 1 1 1 1         t 1 1 1 . .
+           t . . 1 1 1         t 1 1 1 1 1         t 1 1 1 1 .
+           t . . 1 1 1         t 1 1 1 1 1         t 1 1 1 1 1
+
+    itc  neither kind sees the other: what two vectors have in common must not have been whispered across
+    itm  everyone sees everyone: do they belong together?
+    itg  the text is written word by word, from what the queries have seen, and they must not see it
+    """
+    N, T = valid.shape
+    K = n_queries
+    mask = torch.ones(K + T, K + T, dtype=torch.bool, device=valid.device)
+    if kind in ('itc', 'itg'):
+        mask[:K, K:] = False
+    if kind == 'itc':
+        mask[K:, :K] = False
+    elif kind == 'itg':
+        mask[K:, K:] = mask[K:, K:].tril()
+    real = F.pad(valid, (K, 0), value=True)[:, None, None, :]                            # (N, 1, 1, K + T)
+    return mask & real | torch.eye(K + T, dtype=torch.bool, device=valid.device)  # each sees itself, padding too
+
+
+class QFormer(nn.Module):
+    """
+    BLIP-2's Querying Transformer: n_queries learned vectors that ask an image, and what they have found. A BERT in which
+    every qformer_cross-th layer, from the first on, lets the queries look at the image. With vocab_size > 0 it reads text
+    too, which the first stage of training needs; as a connector it does not.
+
+    forward(image (N, L, D), valid (N, L), ids (N, T)) -> queries (N, K, C), text (N, T, C). Without an image (None) there are
+    no queries, without ids no text. ids are padded with -1, image tokens by `valid`; kind as in `qformer_mask`.
+    """
+
+    def __init__(self, config, image_width, vocab_size=0, block_size=0):
+        super().__init__()
+        width, n_layer = config.qformer_n_embd, config.qformer_n_layer
+        if width % config.qformer_n_head:
+            raise ValueError(f'qformer_n_embd ({width}) must be a multiple of qformer_n_head ({config.qformer_n_head})')
+        if config.n_queries < 1 or n_layer < 1 or config.qformer_cross < 1:
+            raise ValueError('a Q-Former needs n_queries, qformer_n_layer and qformer_cross of at least 1')
+        self.ln_image = nn.LayerNorm(image_width, eps=1e-6)
+        self.queries = nn.Parameter(torch.empty(config.n_queries, width))
+        self.wte = nn.Embedding(vocab_size, width) if vocab_size else None
+        self.wpe = nn.Embedding(block_size, width) if vocab_size else None
+        self.ln_embed = nn.LayerNorm(width, eps=1e-12)
+        self.h = nn.ModuleList([QFormerBlock(config, image_width, i % config.qformer_cross == 0, vocab_size > 0)
+                                for i in range(n_layer)])
+        for name, p in self.named_parameters():  # as BERT's
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+
+    def forward(self, image=None, valid=None, ids=None, kind='itc'):
+        N = len(image if ids is None else ids)
+        K = 0 if image is None else len(self.queries)
+        x = self.queries[:K].expand(N, -1, -1)                                           # (N, K, C)
+        real = torch.ones(N, 0, dtype=torch.bool, device=x.device) if ids is None else ids >= 0  # (N, T)
+        if ids is not None:
+            text = self.wte(ids.clamp(min=0)) + self.wpe.weight[:ids.shape[1]]           # (N, T, C)
+            x = torch.cat([x, text], dim=1)
+        x, mask = self.ln_embed(x), qformer_mask(kind, K, real)
+        if image is not None:
+            image = self.ln_image(image)
+            # a picture that is only padding has nothing to be looked at, but softmax wants something
+            valid = valid | ~valid.any(1, keepdim=True)
+            valid = valid[:, None, None, :]                                              # (N, 1, 1, L)
+        for block in self.h:
+            x = block(x, K, mask, image, valid)
+        return x[:, :K], x[:, K:]
+
+
 class Connector(nn.Module):
     """
     Features (N, L, C) to embeddings (N, L, n_embd).
 
-    linear  one matrix: LLaVA's first
-    mlp     Linear, GELU, Linear: LLaVA-1.5's mlp2x_gelu
-    pool    the same mlp, on what `pool` has left
+    linear   one matrix: LLaVA's first
+    mlp      Linear, GELU, Linear: LLaVA-1.5's mlp2x_gelu
+    pool     the same mlp, on what `pool` has left
+    qformer  the same mlp, on the queries of a Q-Former
     """
 
     def __init__(self, config, width):
         super().__init__()
-        if config.connector not in ('linear', 'mlp', 'pool'):
-            raise ValueError(f'connector must be linear, mlp or pool, got {config.connector!r}')
+        if config.connector not in ('linear', 'mlp', 'pool', 'qformer'):
+            raise ValueError(f'connector must be linear, mlp, pool or qformer, got {config.connector!r}')
         out = nn.Linear(width if config.connector == 'linear' else config.n_embd, config.n_embd)
         self.net = nn.Sequential(out) if config.connector == 'linear' else nn.Sequential(
             nn.Linear(width, config.n_embd), nn.GELU(), out)
@@ -422,7 +558,13 @@ class Vision(nn.Module):
                              f'timm like timm/vit_small_patch14_dinov2.lvd142m, got {config.vision_encoder!r}')
         self.config = config
         self.encoder = Tower(config, load) if is_tower(config) else ViT(config)
-        self.connector = Connector(config, self.encoder.width)
+        # without a GPT behind it, in BLIP-2's first stage, there is nothing to connect to, and the Q-Former reads text itself
+        alone = config.objective != 'lm'
+        self.qformer = self.connector = None
+        if alone or config.connector == 'qformer':
+            self.qformer = QFormer(config, self.encoder.width, (config.vocab_size + 2) * alone, config.block_size)
+        if not alone:
+            self.connector = Connector(config, config.qformer_n_embd if self.qformer else self.encoder.width)
         if is_tower(config) and load:
             found = fingerprint(self.encoder.state_dict())
             if config.vision_fingerprint not in ('', found):
@@ -431,15 +573,46 @@ class Vision(nn.Module):
             config.vision_fingerprint = found
 
     def features(self, patches, grid):
-        """What the connector gets: (N, L', C), and which of it is real."""
+        """What the connector or the Q-Former gets: (N, L', C), and which of it is real."""
+        if patches.is_floating_point():  # stored before
+            return patches.float(), grid[..., 0] >= 0
         return pool(self.encoder(patches, grid), grid, cell_size(self.config))
 
     def forward(self, patches, grid):
-        if patches.is_floating_point():
-            x, valid = patches.to(self.connector.net[0].weight.dtype), grid[..., 0] >= 0
-        else:
-            x, valid = self.features(patches, grid)
+        x, valid = self.features(patches, grid)
+        if self.qformer is not None:
+            x, _ = self.qformer(x, valid)
+            valid = valid.any(1, keepdim=True).expand(-1, x.shape[1])  # all queries of a picture, none of mere padding
         return self.connector(x), valid
+
+    @torch.no_grad()
+    def take(self, state, source):
+        """
+        The small ViT and the Q-Former of another model's state_dict become this one's, whichever it has; the connector stays.
+        A Q-Former's text side is taken only where there is one on both sides. Raises ValueError if one of them has other
+        tensors than this one's, which are listed.
+        """
+        theirs = {name.removeprefix('vision.'): p for name, p in state.items() if name.startswith('vision.')}
+        text = ('wte.', 'wpe.', 'text_mlp.')
+        own, wrong = {}, []
+        for name, p in self.state_dict().items():
+            part = name.partition('.')[0]
+            if part == 'connector' or not any(n.startswith(part + '.') for n in theirs):
+                continue
+            is_text = any(word in name for word in text) and part == 'qformer'
+            if name in theirs and theirs[name].shape == p.shape:
+                own[name] = theirs.pop(name)
+            elif name in theirs:
+                wrong.append(f'{name} is {tuple(theirs.pop(name).shape)}, not {tuple(p.shape)}')
+            elif not is_text:
+                wrong.append(f'missing {name}')
+        wrong += [f'unexpected {name}' for name in theirs if name.partition('.')[0] in ('encoder', 'qformer')
+                  and hasattr(self, name.partition('.')[0]) and not any(word in name for word in text)]
+        if wrong or not own:
+            raise ValueError(f'{source} does not hold the eyes that this run asks for: ' +
+                             ('; '.join(wrong) or 'neither a small ViT nor a Q-Former'))
+        self.load_state_dict(own, strict=False)
+        return sorted({name.partition('.')[0] for name in own})
 
     @torch.no_grad()
     def match_rms(self, rms):

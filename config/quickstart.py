@@ -14,7 +14,7 @@ What was tried on that machine, 2026-11-21; one change each, CER after 250 of th
     row and column embeddings of RMS 0.02, 0.3, 1 20 %, 15 %, 22 %
     3 layers each instead of 4 GPT and 2 ViT      15.5 % instead of 13.0 %
     muon_lr 0.03 or 0.04, learning_rate 4e-3      slower; stopped early
-    augment 0.3, lines not framed                 40 % after 280 steps, 12 % after 560
+    distort 0.3, lines not framed                 40 % after 280 steps, 12 % after 560
     lines framed by their ink, by their baseline  13.0 %, 11.6 %; of letters drawn large and scaled down, 2.2 % after 500
 """
 out_dir = 'out/quickstart'

@@ -1,7 +1,7 @@
 """
 vlm_smollm2.py for little memory: SmolLM2 keeps its weights, in bfloat16 on a GPU, and updates of rank 64 learn beside them. A
-checkpoint with its optimizer has some 220 MB (computed), and sample.py merges it. LoRA does not keep a model from forgetting
-by itself: watch text_loss.
+checkpoint with its optimizer has some 220 MB (computed). The updates act behind an image only (lora_scope): LoRA alone does not
+keep a model from forgetting, but so SmolLM2 says of a text without pictures what it always has.
 
     python prepare_data.py llava_instruct --image_dir=coco/train2017
     torchrun train.py config/vlm_smollm2_lora.py
@@ -23,6 +23,7 @@ gradient_accumulation_steps = 8
 lora_rank = 64
 lora_alpha = 128.0
 lora_dropout = 0.05
+lora_scope = 'image'
 learning_rate = 2e-4
 vision_lr = 0.0
 connector_lr = 5e-4

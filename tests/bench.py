@@ -86,7 +86,7 @@ def quickstart():
     drawn = knobs.batch_size / median_seconds(lambda: batches[next(count)])
     report('drawn and tokenized by one worker, examples', drawn, 'examples/s')
     report('    times what training takes', drawn * step / knobs.batch_size * 100, '%')
-    rng, lines = random.Random(0), SimpleNamespace(**{**vars(knobs), 'augment': 0.0})
+    rng, lines = random.Random(0), SimpleNamespace(**{**vars(knobs), 'distort': 0.0})
     texts = [row['text'] for row in prepare_data.open_rows('pydoc', 'train')]
     report('lines drawn on one core, without augmentation',
            50 / median_seconds(lambda: [prepare_data.read(rng.choice(texts), rng, lines) for _ in range(50)]), 'lines/s')

@@ -22,7 +22,8 @@ from prepare_data import (ASSISTANT, END, IMAGE, USER, Batches, Examples, collat
 BYTES = get_tokenizer('bytes')
 CONFIG = tiny_config(block_size=200, image_token=BYTES.encode_single_token(IMAGE))
 KNOBS = SimpleNamespace(tasks='read:1', one_line=True, font='', font_min=6, font_max=60, image_width=256, image_height=16,
-                        min_chars=16, max_chars=32, min_span=60, max_span=120, infix_min=0.1, infix_max=0.4, augment=0.0)
+                        min_chars=16, max_chars=32, min_span=60, max_span=120, infix_min=0.1, infix_max=0.4, distort=0.0,
+                        augment='', spell=False)
 
 
 def conversation(*turns, images=()):
@@ -207,7 +208,7 @@ def test_pydoc_held_out_text_is_not_in_the_training_text():
 
 def test_example_i_is_a_function_of_seed_and_i():
     rows = open_rows('pydoc', 'train')
-    knobs = SimpleNamespace(**{**vars(KNOBS), 'tasks': 'read:1 continue:1 text:1', 'augment': 1.0})
+    knobs = SimpleNamespace(**{**vars(KNOBS), 'tasks': 'read:1 continue:1 text:1', 'distort': 1.0})
     batch = lambda seed, i: Batches(Examples(rows, knobs, seed), BYTES, CONFIG, 4, 'assistant')[i]
     late, early = batch(1, 900), batch(1, 3)  # in another order, and from another object
     for a, b in ((batch(1, 3), early), (batch(1, 900), late)):

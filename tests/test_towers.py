@@ -297,18 +297,32 @@ def test_mixed_batches_of_no_one_and_three_images_are_the_same_in_two_processes(
     assert a == pytest.approx(b, abs=1e-5) and len(a) == 4
 
 
-@pytest.mark.parametrize('recipe', ['vlm_align', 'vlm_sft', 'vlm_sft_lora', 'vlm_smollm2', 'vlm_smollm2_lora'])
+@pytest.mark.parametrize('recipe', ['vlm_align', 'vlm_sft', 'vlm_sft_lora', 'vlm_smollm2', 'vlm_smollm2_lora', 'vlm_qformer'])
 def test_the_recipes_that_start_from_published_models(knobs, tmp_path, recipe):
     """The path of a recipe, with a text model and a tower of a few thousand weights in the places of the published ones."""
     assert train(tmp_path / 'text', '--vision_encoder=', '--tasks=text').returncode == 0
     small = [*knobs[:2], f'--init_from={tmp_path}/text/ckpt.pt', '--tokenizer=bytes', '--batch_size=2', '--block_size=100',
              '--gradient_accumulation_steps=1', '--max_iters=2', '--eval_interval=2', '--eval_iters=1', '--eval_samples=2',
              '--num_workers=0', '--device=cpu', '--compile=False', f'--out_dir={tmp_path}/out']
+    if recipe == 'vlm_qformer':  # its first stage comes before it
+        captions = tmp_path / 'captions'
+        shutil.copytree(tmp_path / 'data' / 'images', captions / 'images')
+        pairs = [{'text': f'<image>Picture {i}.', 'image_path': f'images/{i}.png'} for i in range(4)]
+        for part in ('train', 'val'):
+            (captions / f'{part}.jsonl').write_text('\n'.join(map(json.dumps, pairs)))
+        first = [knobs[1], *small[3:-1], f'--dataset={captions}', '--qformer_n_layer=2', '--qformer_n_head=2',
+                 '--qformer_n_embd=32', f'--out_dir={tmp_path}/first']
+        process = inside('train.py', ROOT / 'config' / 'qformer_align.py', *first)
+        assert process.returncode == 0, process.stderr
+        assert not any('encoder' in n for n in torch.load(tmp_path / 'first' / 'ckpt.pt', weights_only=True)['model'])
+        small.append(f'--vision_from={tmp_path}/first/ckpt.pt')
     process = inside('train.py', ROOT / 'config' / f'{recipe}.py', *small)
     assert process.returncode == 0, process.stderr
     evals = [r['eval'] for r in read_log(tmp_path / 'out') if 'eval' in r]
     assert len(evals) == 2 and all('text_loss' in e and 'shuffled_loss' in e for e in evals)
-    assert (evals[0]['text_loss'] == evals[1]['text_loss']) == (recipe == 'vlm_align')  # there the GPT is frozen
+    assert (evals[0]['text_loss'] == evals[1]['text_loss']) == (
+        recipe in ('vlm_align', 'vlm_smollm2_lora', 'vlm_qformer'))  # there the GPT is frozen, or learns behind images only
     names = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)['model']
-    assert any('.lora_' in name for name in names) == ('lora' in recipe)
-    assert ('transformer.wte.weight' in names) == ('lora' not in recipe)
+    has_lora = 'lora' in recipe or recipe == 'vlm_qformer'
+    assert any('.lora_' in name for name in names) == has_lora
+    assert ('transformer.wte.weight' in names) == (not has_lora)

@@ -112,7 +112,8 @@ def test_a_text_only_gpt_trains(tmp_path):
 # those that start from published models are in test_towers.py and test_pretrained.py
 @pytest.mark.parametrize('config', sorted({p.name for p in (ROOT / 'config').iterdir()} -
                                           {'vlm_align.py', 'vlm_sft.py', 'vlm_sft_lora.py', 'vlm_smollm2.py',
-                                           'vlm_smollm2_lora.py', 'read_smollm2_cpu.py'}))
+                                           'vlm_smollm2_lora.py', 'read_smollm2_cpu.py', 'qformer_align.py',
+                                           'vlm_qformer.py'}))
 def test_every_recipe_runs_at_a_reduced_size(tmp_path, config):
     small = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vision_n_layer=1', '--vision_n_head=2', '--vision_n_embd=32',
              '--batch_size=2', '--gradient_accumulation_steps=1', '--block_size=4096', '--max_iters=2', '--eval_interval=2',

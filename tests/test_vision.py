@@ -106,5 +106,5 @@ def test_a_batch_without_images_gives_zero_gradients_not_none_and_not_nan():
 def test_wrong_names_are_refused():
     with pytest.raises(ValueError, match='vision_encoder must be vit, a tower'):
         make_model(vision_encoder='clip')
-    with pytest.raises(ValueError, match='connector must be linear, mlp or pool'):
-        make_model(connector='qformer')
+    with pytest.raises(ValueError, match='connector must be linear, mlp, pool or qformer'):
+        make_model(connector='perceiver')

@@ -1,0 +1,39 @@
+"""
+draft
+"""
+out_dir = 'out/qformer_cpu'
+dataset = 'pydoc'
+tokenizer = 'bytes'
+objective = 'itc'
+tasks = 'read:1'
+image_width = 512
+image_height = 24
+min_chars = 8
+max_chars = 16
+vision_encoder = 'vit'
+connector = 'qformer'
+line_height = 14
+patch_height = 14
+patch_width = 8
+max_image_tokens = 40
+vision_n_layer = 2
+vision_n_head = 4
+vision_n_embd = 128
+n_queries = 16
+qformer_n_layer = 2
+qformer_n_head = 4
+qformer_n_embd = 128
+align_dim = 128
+block_size = 34
+batch_size = 128
+optimizer = 'muon'
+learning_rate = 2e-3
+vision_lr = 2e-3
+qformer_lr = 2e-3
+min_lr = 2e-5
+weight_decay = 0.01
+warmup_iters = 50
+max_iters = 500
+eval_interval = 100
+eval_samples = 1000
+eval_iters = 2

@@ -1,0 +1,207 @@
+"""What must stay true of pictures with captions: where they come from, how they are varied, how answers to them are scored."""
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import inside, refused
+from PIL import Image, ImageFont
+
+import prepare_data
+from prepare_data import augmented, load_image, open_rows
+from sample import caption_words, cider_d, score_captions
+
+
+def picture(colour, kind='JPEG', size=(40, 30)):
+    """A picture of one colour as a file's bytes."""
+    file = io.BytesIO()
+    Image.new('RGB', size, colour).save(file, kind)
+    return file.getvalue()
+
+
+def read(name, part):
+    return [json.loads(line) for line in Path(f'data/{name}/{part}.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COCO's captions, WebDataset's tars, img2dataset's folders: as they are published
+
+def coco(path, names):
+    """A captions_*.json as COCO publishes it; the image number i has i % 3 + 1 captions."""
+    images = [{'license': 3, 'file_name': name, 'height': 30, 'width': 40, 'id': 100 + i} for i, name in enumerate(names)]
+    captions = [{'image_id': 100 + i, 'id': 10 * i + k, 'caption': f'Caption {k} of {name}.\n'}
+                for i, name in enumerate(names) for k in range(i % 3 + 1)]
+    path.write_text(json.dumps({'info': {}, 'licenses': [], 'images': images, 'annotations': random.Random(0).sample(
+        captions, len(captions))}))
+
+
+def test_coco_gives_every_caption_to_learn_and_all_of_a_picture_to_compare_with(folder):
+    (folder / 'annotations').mkdir()
+    names = {'train': [f'{i:012d}.jpg' for i in range(6)], 'val': [f'{i:012d}.jpg' for i in range(6, 10)]}
+    for part in names:
+        (folder / 'coco' / f'{part}2017').mkdir(parents=True)
+        coco(folder / 'annotations' / f'captions_{part}2017.json', names[part])
+        for name in names[part]:
+            (folder / 'coco' / f'{part}2017' / name).write_bytes(picture('red'))
+    (folder / 'coco' / 'train2017' / names['train'][1]).write_bytes(picture('red')[:200])
+    process = inside('prepare_data.py', 'coco_captions', '--source=annotations', '--image_dir=coco')
+    assert process.returncode == 0 and 'left out: 1 rows, the image is broken' in process.stderr, process.stderr
+    rows, held_out = read('coco_captions', 'train'), read('coco_captions', 'val')
+    assert len(rows) == 1 + 3 + 1 + 2 + 3 and not any('references' in row for row in rows)
+    assert {row['text'] for row in rows[1:4]} == {f'<image>Caption {k} of 000000000002.jpg.' for k in range(3)}
+    assert [len(row['references']) for row in held_out] == [1, 2, 3, 1]
+    assert sorted(held_out[2]['references']) == [f'Caption {k} of 000000000008.jpg.' for k in range(3)]
+    example = open_rows('coco_captions', 'val')[2]
+    assert load_image(example['images'][0]).size == (40, 30) and len(example['references']) == 3
+    # one file, to be split here, and its images in a zip
+    import zipfile
+    with zipfile.ZipFile(folder / 'train2017.zip', 'w') as archive:
+        for name in names['train']:
+            archive.write(folder / 'coco' / 'train2017' / name, f'train2017/{name}')
+    process = inside('prepare_data.py', 'coco_captions', '--source=annotations/captions_train2017.json',
+                     '--image_dir=train2017.zip', '--name=one', '--val_every=2')
+    assert process.returncode == 0, process.stderr
+    assert {row['image_path'] for row in read('one', 'train')}.isdisjoint(row['image_path'] for row in read('one', 'val'))
+    assert load_image(open_rows('one', 'train')[0]['images'][0]).size == (40, 30)
+    refused(inside('prepare_data.py', 'coco_captions'), 'expected --source=FOLDER with captions_train2017.json')
+    refused(inside('prepare_data.py', 'coco_captions', '--source=coco', '--image_dir=coco'), 'does not exist')
+    (folder / 'bad.json').write_text('[1]')
+    refused(inside('prepare_data.py', 'coco_captions', '--source=bad.json', '--image_dir=coco'), 'not a captions file')
+
+
+def shard(path, first, count, cut=None):
+    """A .tar in the WebDataset format, as img2dataset writes it and pixparse/cc3m-wds is published."""
+    with tarfile.open(path, 'w') as tar:
+        for i in range(first, first + count):
+            image = picture((i, 0, 0))[:cut if i == first else None]
+            for kind, data in (('jpg', image), ('json', json.dumps({'caption': f'No {i}', 'status': 'success'}).encode()),
+                               ('txt', f'Picture number {i}'.encode())):
+                member = tarfile.TarInfo(f'{i:09d}.{kind}')
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_tars_become_zips_out_of_which_pictures_are_read(folder):
+    (folder / 'wds').mkdir()
+    shard(folder / 'wds' / 'cc3m-train-0000.tar', 0, 9)
+    shard(folder / 'wds' / 'cc3m-train-0001.tar', 9, 9, cut=150)
+    process = inside('prepare_data.py', 'cc3m', '--source=wds', '--name=cc', '--val_every=4')
+    assert process.returncode == 0 and 'left out: 1 rows, the image is broken' in process.stderr, process.stderr
+    rows = read('cc', 'train') + read('cc', 'val')
+    assert sorted(int(row['text'].rpartition(' ')[2]) for row in rows) == [i for i in range(18) if i != 9]
+    for row in open_rows('cc', 'val'):
+        number = int(row['text'].rpartition(' ')[2])
+        assert row['references'] == [f'Picture number {number}']
+        assert abs(load_image(row['images'][0]).getpixel((0, 0))[0] - number) < 4
+    assert sorted(p.name for p in Path('data/cc/images').iterdir()) == ['cc3m-train-0000.zip', 'cc3m-train-0001.zip']
+    before = [Path(f'data/cc/{part}.jsonl').read_bytes() for part in ('train', 'val')]
+    for tar in (folder / 'wds').iterdir():  # what is converted is not asked for again
+        tar.write_bytes(b'')
+    assert inside('prepare_data.py', 'cc3m', '--source=wds', '--name=cc', '--val_every=4').returncode == 0
+    assert before == [Path(f'data/cc/{part}.jsonl').read_bytes() for part in ('train', 'val')]
+    refused(inside('prepare_data.py', 'cc3m', '--source=wds', '--name=other'), 'cc3m-train-0000.tar is broken or cut off')
+    assert not list(Path('data/other/images').glob('*.zip'))
+
+
+def test_a_folder_that_img2dataset_has_written_stays_where_it_is(folder):
+    (folder / 'mine' / '00000').mkdir(parents=True)
+    for i in range(8):
+        (folder / 'mine' / '00000' / f'{i:09d}.jpg').write_bytes(picture((0, i, 0)))
+        if i != 3:
+            (folder / 'mine' / '00000' / f'{i:09d}.txt').write_text(f' green  {i}\n')
+    process = inside('prepare_data.py', 'cc3m', '--source=mine', '--val_every=3')
+    assert process.returncode == 0 and 'left out: 1 rows, it has no caption' in process.stderr, process.stderr
+    rows = read('mine', 'train') + read('mine', 'val')
+    assert len(rows) == 7 and all(row['image_path'].startswith(str(folder)) for row in rows)
+    assert rows[0]['text'].startswith('<image>green ')
+    process = inside('prepare_data.py', 'cc3m', '--source=mine', '--val_every=3', '--max_examples=5', '--name=five')
+    assert process.returncode == 0, process.stderr
+    assert len(read('five', 'train') + read('five', 'val')) == 4
+    refused(inside('prepare_data.py', 'cc3m', '--source=nowhere'), 'neither a folder, a .tar, nor OWNER/NAME')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# emoji
+
+def test_without_a_colour_emoji_font_it_says_how_to_get_one(folder, monkeypatch):
+    plain = folder / 'plain.ttf'
+    plain.write_bytes(ImageFont.load_default(20).font_bytes)
+    refused(inside('prepare_data.py', 'emoji', f'--source={plain}'), 'emoji: expected a colour emoji font such as Noto')
+    assert not Path('data/emoji/train.jsonl').exists()
+    (folder / 'no.ttf').write_bytes(b'no font')
+    refused(inside('prepare_data.py', 'emoji', '--source=no.ttf'), 'not a font')
+
+
+@pytest.mark.skipif(not any(map(Path.exists, map(Path, prepare_data.EMOJI_FONTS))), reason='no colour emoji font is installed')
+def test_emoji_have_their_unicode_names_and_held_out_ones_are_unseen(folder):
+    process = inside('prepare_data.py', 'emoji')
+    assert process.returncode == 0, process.stderr
+    rows, held_out = read('emoji', 'train'), read('emoji', 'val')
+    names = [row['text'] for row in rows + held_out]
+    assert len(names) == len(set(names)) > 1000 and len(held_out) > 50
+    whale = next(row for row in rows + held_out if row['text'] == '<image>whale')
+    image = np.asarray(Image.open(Path('data/emoji') / whale['image_path']).convert('RGB')).astype(int)
+    assert image.shape == (72, 72, 3) and (image[..., 2] - image[..., 0] > 50).mean() > 0.2  # it is blue
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# augmentation
+
+def test_augmentation_shows_a_part_in_other_colours_the_same_for_the_same_seed():
+    x = np.linspace(0, 255, 60).astype(np.uint8)
+    channels = np.tile(x, (40, 1)), np.tile(x[:40, None], (1, 60)), np.full((40, 60), 90, np.uint8)
+    image = Image.fromarray(np.stack(channels, -1))
+    same = augmented(image, random.Random(3), 'crop+colour')
+    assert same.tobytes() == augmented(image, random.Random(3), 'crop+colour').tobytes()
+    crops = [augmented(image, random.Random(i), 'crop') for i in range(100)]
+    areas = [c.width * c.height / 2400 for c in crops]
+    assert 0.45 < min(areas) < 0.6 and max(areas) > 0.9 and len({c.size for c in crops}) > 50
+    for c in crops:  # a part of it, neither mirrored nor scaled
+        a = np.asarray(c)
+        left, top = int(np.searchsorted(x, a[0, 0, 0])), int(np.searchsorted(x, a[0, 0, 1]))
+        assert np.array_equal(a, np.asarray(image)[top:top + c.height, left:left + c.width])
+    colours = [augmented(image, random.Random(i), 'colour') for i in range(20)]
+    assert {c.size for c in colours} == {(60, 40)} and len({c.tobytes() for c in colours}) == 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores
+
+def random_captions(n=200):
+    """n predictions and one to five references of each, of a few words, so that they share some."""
+    rng, words = random.Random(0), 'a the cat dog man red old sits runs on in mat street with'.split()
+    caption = lambda: ' '.join(rng.choice(words) for _ in range(rng.randint(1, 12)))
+    references = [[caption() for _ in range(rng.randint(1, 5))] for _ in range(n)]
+    near = lambda refs: ' '.join(w for w in rng.choice(refs).split() if rng.random() < 0.8) or caption()
+    return [near(refs) if rng.random() < 0.7 else caption() for refs in references], references
+
+
+# of random_captions(), as pycocoevalcap 1.2 has computed them
+PYCOCOEVALCAP = {'bleu4': 0.517105303635813, 'rouge_l': 0.7057967713581246, 'cider_d': 2.411620726110485}
+
+
+def test_bleu_rouge_and_cider_are_pycocoevalcaps():
+    predictions, references = random_captions()
+    found = score_captions(predictions, [{'references': refs} for refs in references])
+    assert found == pytest.approx(PYCOCOEVALCAP, abs=1e-6)
+
+
+def test_scores_of_what_is_equal_and_of_what_has_nothing_in_common():
+    predictions, references = random_captions(50)
+    equal = score_captions([refs[0] for refs in references], [{'references': refs[:1]} for refs in references])
+    assert equal['bleu4'] == pytest.approx(1) and equal['rouge_l'] == pytest.approx(1) and 5 < equal['cider_d'] <= 10
+    other = score_captions(['zebra zebra'] * 50, [{'references': refs} for refs in references])
+    assert other['bleu4'] < 1e-3 and other['rouge_l'] == other['cider_d'] == 0
+    assert score_captions([''] * 50, [{'references': refs} for refs in references])['cider_d'] == 0
+    assert caption_words("A man's cat, on  the (red) mat!") == ['a', "man's", 'cat', 'on', 'the', 'red', 'mat']
+    assert cider_d([['a']], [[['a']]]) == 0  # of one image alone every word is common
