@@ -17,7 +17,7 @@ import prepare_data
 import render
 import vision
 from prepare_data import (ASSISTANT, END, IMAGE, USER, Batches, Examples, collate, decode, drawable_ids, encode, get_tokenizer,
-                          held_out_examples, load_image, open_rows, parse_tasks, tokenize)
+                          held_out_examples, load_image, open_rows, parse_tasks, read, tokenize)
 
 BYTES = get_tokenizer('bytes')
 CONFIG = tiny_config(block_size=200, image_token=BYTES.encode_single_token(IMAGE))
@@ -400,6 +400,21 @@ def test_letters_of_one_size_come_out_in_one_size_whatever_the_line_says():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # shapes
+
+def test_a_spelt_answer_is_a_token_for_each_character_and_the_same_text(tmp_path):
+    (tmp_path / 'words.txt').write_text('red\ncircle\na\n')
+    tokenizer = get_tokenizer(str(tmp_path / 'words.txt'))
+    config = tiny_config(image_token=tokenizer.encode_single_token(IMAGE), vocab_size=tokenizer.n_vocab)
+    whole = read('a red circle', random.Random(0), KNOBS)
+    spelt = read('a red circle', random.Random(0), SimpleNamespace(**{**vars(KNOBS), 'spell': True}))
+    assert spelt == {**whole, 'spell': True, 'images': spelt['images']}
+    asked = [{'role': 'user', 'content': f'{IMAGE}red circle?'}, *spelt['messages'][1:]]
+    a, b = (tokenize({**e, 'messages': asked}, tokenizer, config) for e in (whole, spelt))
+    answers = [[i for i in t['targets'] if i >= 0] for t in (a, b)]
+    assert [tokenizer.decode_single_token_bytes(i) for i in answers[1][:-1]] == [c.encode() for c in 'a red circle']
+    assert len(answers[0]) == 4 and decode(tokenizer, answers[0]) == decode(tokenizer, answers[1]) == 'a red circle'
+    assert len(b['idx']) - len(a['idx']) == 13 - 4  # the question is not spelt
+
 
 def test_words_are_one_token_and_everything_else_comes_back_as_it_was(tmp_path):
     (tmp_path / 'words.txt').write_text('red\ncircle\na\n')
