@@ -318,6 +318,8 @@ class Examples:
         self.seen = seen        # text of which no line is to be read
         self.tasks = parse_tasks(config.tasks if tasks is None else tasks)
         self.order = (None, None)  # (epoch, permutation), the last one used
+        if config.augment not in ('', 'crop', 'colour', 'crop+colour'):
+            raise ValueError(f"augment must be crop, colour or crop+colour, or '' for none, got {config.augment!r}")
 
     def __getitem__(self, i):
         epoch, place = divmod(i, len(self.rows))
@@ -328,7 +330,8 @@ class Examples:
         rng = random.Random(f'{self.seed} {i}')
         if 'messages' in row or row.get('images'):  # an example already
             if self.shuffle and self.config.augment:
-                row['images'] = [augmented(load_image(source), rng, self.config.augment) for source in row['images']]
+                kinds, images = self.config.augment, row.get('images') or []
+                return {**row, 'images': [augmented(load_image(source), rng, kinds) for source in images]}
             return row
         task = rng.choices(list(self.tasks), list(self.tasks.values()))[0]
         growth = min(1.0, (i + 1) / self.growing) if self.growing else 1.0

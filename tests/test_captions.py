@@ -5,6 +5,7 @@ import json
 import random
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,21 @@ def test_augmentation_shows_a_part_in_other_colours_the_same_for_the_same_seed()
         assert np.array_equal(a, np.asarray(image)[top:top + c.height, left:left + c.width])
     colours = [augmented(image, random.Random(i), 'colour') for i in range(20)]
     assert {c.size for c in colours} == {(60, 40)} and len({c.tobytes() for c in colours}) == 20
+
+
+def test_only_what_is_learnt_from_is_augmented_and_each_look_is_another(tmp_path):
+    Image.linear_gradient('L').convert('RGB').save(tmp_path / 'a.png')
+    rows = [{'text': '<image>A gradient.', 'images': [str(tmp_path / 'a.png')]}] * 3
+    knobs = SimpleNamespace(tasks='read:1', augment='crop+colour')
+    examples = prepare_data.Examples([dict(row) for row in rows], knobs, 5)
+    looks = [examples[i]['images'][0] for i in (0, 1, 2, 3, 4, 5)]
+    assert len({look.tobytes() for look in looks}) == 6
+    again = prepare_data.Examples([dict(row) for row in rows], knobs, 5)
+    assert [again[i]['images'][0].tobytes() for i in (5, 0)] == [looks[i].tobytes() for i in (5, 0)]
+    with pytest.raises(ValueError, match="augment must be crop, colour or crop.colour, .* got 'flip'"):
+        prepare_data.Examples(rows, SimpleNamespace(tasks='read:1', augment='flip'), 5)
+    held_out = prepare_data.Examples(rows, knobs, 0, shuffle=False)
+    assert held_out[0]['images'] == [str(tmp_path / 'a.png')]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -251,6 +251,13 @@ def test_a_first_stage_resumes_exactly_and_reports_what_it_finds(aligned, tmp_pa
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_an_evaluation_asks_the_same_each_time(tmp_path):
+    still = [f'--{rate}=1e-12' for rate in ('learning_rate', 'vision_lr', 'qformer_lr', 'muon_lr')]
+    assert train(tmp_path, *FIRST, *still, '--min_lr=1e-13').returncode == 0
+    first, *others = [row['eval'] for row in read_log(tmp_path) if 'eval' in row]
+    assert len(others) == 2 and all(other == pytest.approx(first, abs=1e-5) for other in others)
+
+
 def test_recall_is_what_counting_by_hand_gives():
     unit = lambda *rows: F.normalize(torch.tensor(rows, dtype=torch.float), dim=-1)
     images = unit([1, 0, 0], [0, 1, 0], [0, 0, 1])[:, None].repeat(1, 2, 1)
