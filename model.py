@@ -1083,6 +1083,7 @@ class Aligner(nn.Module):
         return F.normalize(self.text_proj(self.vision.qformer(ids=self.opened(idx, self.cls))[1][:, 0]), dim=-1)
 
     def opened(self, idx, token):
+        """Captions (N, T) behind an opening token, (N, T + 1)."""
         return F.pad(idx, (1, 0), value=token)[:, :self.config.block_size]
 
     def forward(self, idx, targets=None, images=None, loss_reduction='mean', return_logits=True):
