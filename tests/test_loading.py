@@ -45,6 +45,7 @@ def test_a_nanogpt_checkpoint_gives_the_same_logits_bit_by_bit_and_gains_eyes(tm
     model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', **eyes, vocab_size=128, image_token=103, block_size=64).eval()
     idx = torch.randint(0, 103, (3, 40), generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(idx, idx)[0][..., :103], source(idx, idx)[0])
+    assert model.transformer.wte.weight is model.lm_head.weight  # or an optimizer would train them twice
     assert 'grown    transformer.wte       1 tensors      0.00M  103 -> 128 rows' in model.changes
     assert '48 -> 64 rows' in model.changes and 'new      vision.encoder' in model.changes
     assert not any(line.startswith('new') and 'vision.' not in line for line in model.changes.splitlines())

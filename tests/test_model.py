@@ -183,6 +183,9 @@ def test_generation_ends_at_the_end_token_and_at_block_size(tiny_model):
     end = free[4]
     stopped = tiny_model.generate(idx, 10, temperature=0, end_token=end)[0, 3:].tolist()
     assert stopped == free[:free.index(end) + 1]
+    unused = next(i for i in range(320) if i not in free)  # whichever of several comes first
+    stopped = tiny_model.generate(idx, 10, temperature=0, end_token=[unused, end])[0, 3:].tolist()
+    assert stopped == free[:free.index(end) + 1]
     assert tiny_model.generate(idx, 1000, temperature=0).shape[1] == tiny_model.config.block_size
 
 

@@ -12,6 +12,7 @@ from conftest import LLAMA, ROOT, inside, make_model, read_log, refused, tiny_co
 from safetensors.torch import load_file, save_file
 
 import prepare_data
+import sample
 from model import GPT, GPTConfig, load_checkpoint, to_hugging_face
 from prepare_data import IMAGE, Tokenizer, decode, drawable_ids, end_tokens, get_tokenizer, open_rows, segments, tokenize
 
@@ -343,6 +344,15 @@ def test_a_run_from_the_hub_reads_answers_and_resumes(reader, tmp_path):
     process = train(tmp_path / 'on', '--init_from=resume', '--lora_rank=2', '--optimizer=adamw', '--tasks=read:1 text:1',
                     '--max_iters=6')
     assert process.returncode == 0 and 'tokenizer was' not in process.stderr, process.stderr
+
+
+def test_the_system_prompt_of_a_run_is_that_of_its_answers(smollm, tmp_path, monkeypatch):
+    process = train(tmp_path, f'--init_from={smollm}', '--lora_rank=2', '--optimizer=adamw', '--system_prompt=Be brief.',
+                    '--max_iters=1')
+    assert process.returncode == 0, process.stderr
+    monkeypatch.setattr(sample, 'out_dir', str(tmp_path))
+    _, tokenizer, *_ = sample.load()
+    assert tokenizer.system == 'Be brief.' != get_tokenizer(str(smollm)).system
 
 
 def test_a_text_model_of_the_hub_answers_as_it_is(smollm):

@@ -287,6 +287,19 @@ def test_features_refuses(knobs, extra, message):
     refused(inside('prepare_data.py', 'features', *knobs[:3], *extra), message)
 
 
+def test_an_export_brings_its_frozen_tower_along(knobs, towers, tmp_path):
+    assert train(tmp_path / 'a', *knobs).returncode == 0
+    words = ['--image', tmp_path / 'data' / 'images' / '1.png', '--max_new_tokens=9']
+    before = inside('sample.py', f'--out_dir={tmp_path}/a', *words)
+    process = inside('sample.py', f'--out_dir={tmp_path}/a', f'--export={tmp_path}/export')
+    assert process.returncode == 0, process.stderr
+    file = Path(towers['clip'].partition('/')[2])
+    file.rename(tmp_path / 'away')
+    after = inside('sample.py', f'--out_dir={tmp_path}/export', '--checkpoint=glimpse.safetensors', *words)
+    (tmp_path / 'away').rename(file)
+    assert after.returncode == 0 and after.stdout == before.stdout and before.stdout.strip(), after.stderr
+
+
 def test_mixed_batches_of_no_one_and_three_images_are_the_same_in_two_processes(knobs, towers, tmp_path):
     knobs[1] = f'--vision_encoder={towers["timm"]}'  # which processes of their own know by name, too
     more = ['--gradient_accumulation_steps=2', '--batch_size=2']
