@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import inside, launch, make_model, read_log, refused, tiny_config, train
+from conftest import ROOT, inside, launch, make_model, read_log, refused, tiny_config, train
 from safetensors.torch import load_file, save_file
 
 import vision
@@ -363,6 +363,19 @@ def test_a_gpt_takes_over_the_eyes_of_the_first_stage(aligned, tmp_path):
     process = inside('sample.py', f'--out_dir={tmp_path}/b', '--image', tmp_path / 'a.png', '--max_new_tokens=3')
     assert process.returncode == 0, process.stderr
     refused(train(tmp_path / 'c', *SECOND, f'--vision_from={tmp_path}/text/ckpt.pt'), 'has no small ViT to take over')
+
+
+@pytest.mark.parametrize('connector', [['--connector=qformer'], ['--connector=linear'],
+                                       ['--connector=pool', '--vision_from=', '--patch_width=4']])
+def test_the_recipe_that_compares_connectors(aligned, tmp_path, connector):
+    assert train(tmp_path / 'text', '--vision_encoder=', '--tasks=text').returncode == 0
+    small = [f'--init_from={tmp_path}/text/ckpt.pt', f'--vision_from={aligned}/ckpt.pt', '--batch_size=2', '--max_iters=2',
+             '--block_size=48', '--eval_interval=2', '--eval_iters=1', '--eval_samples=2', '--num_workers=0', '--device=cpu',
+             '--compile=False', '--min_span=20', '--max_span=40', f'--out_dir={tmp_path}/out', *connector]
+    process = inside('train.py', ROOT / 'config' / 'connectors_cpu.py', *small)
+    assert process.returncode == 0, process.stderr
+    evals = [row['eval'] for row in read_log(tmp_path / 'out') if 'eval' in row]
+    assert evals[0]['text_loss'] == evals[1]['text_loss'] and evals[0]['val_loss'] != evals[1]['val_loss']
 
 
 def test_a_run_begins_with_blip2s_q_former_and_refuses_one_of_another_width(blip2, tmp_path):

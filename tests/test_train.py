@@ -109,16 +109,17 @@ def test_a_text_only_gpt_trains(tmp_path):
     assert not any(k.startswith('vision') for k in weights(tmp_path))
 
 
-# those that start from published models are in test_towers.py and test_pretrained.py
+# those that start from published models or other recipes are in test_towers.py, test_pretrained.py and test_qformer.py
 @pytest.mark.parametrize('config', sorted({p.name for p in (ROOT / 'config').iterdir()} -
                                           {'vlm_align.py', 'vlm_sft.py', 'vlm_sft_lora.py', 'vlm_smollm2.py',
                                            'vlm_smollm2_lora.py', 'read_smollm2_cpu.py', 'qformer_align.py',
-                                           'vlm_qformer.py'}))
+                                           'vlm_qformer.py', 'connectors_cpu.py'}))
 def test_every_recipe_runs_at_a_reduced_size(tmp_path, config):
     small = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vision_n_layer=1', '--vision_n_head=2', '--vision_n_embd=32',
              '--batch_size=2', '--gradient_accumulation_steps=1', '--block_size=4096', '--max_iters=2', '--eval_interval=2',
              '--eval_iters=1', '--eval_samples=2', '--num_workers=0', '--tokenizer=bytes', '--dataset=pydoc', '--device=cpu',
-             '--compile=False', '--init_from=scratch']
+             '--compile=False', '--init_from=scratch', '--vision_from=', '--qformer_n_layer=1', '--qformer_n_head=2',
+             '--qformer_n_embd=32']
     process = inside('train.py', ROOT / 'config' / config, *small, f'--out_dir={tmp_path}')
     assert process.returncode == 0, process.stderr
     assert [r['iter'] for r in read_log(tmp_path) if 'eval' in r] == [0, 2]

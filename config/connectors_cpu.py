@@ -1,0 +1,44 @@
+"""
+draft
+"""
+out_dir = 'out/connectors_cpu'
+init_from = 'out/text_bytes/ckpt.pt'
+vision_from = 'out/qformer_cpu/ckpt.pt'
+dataset = 'pydoc'
+tasks = 'read:1'
+image_width = 512
+image_height = 24
+min_chars = 16
+max_chars = 32
+grow_iters = 120
+min_span = 64
+max_span = 126
+vision_encoder = 'vit'
+connector = 'qformer'
+n_queries = 32
+qformer_n_layer = 2
+qformer_n_head = 4
+qformer_n_embd = 128
+line_height = 14
+patch_height = 14
+patch_width = 8
+max_image_tokens = 40
+vision_n_layer = 2
+vision_n_head = 4
+vision_n_embd = 128
+block_size = 128
+batch_size = 64
+lora_rank = 64
+lora_alpha = 64.0
+lora_scope = 'image'
+optimizer = 'muon'
+learning_rate = 4e-3
+vision_lr = 2e-3
+qformer_lr = 2e-3
+connector_lr = 2e-3
+min_lr = 2e-5
+weight_decay = 0.01
+warmup_iters = 20
+max_iters = 400
+eval_interval = 200
+eval_samples = 256
