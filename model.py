@@ -9,6 +9,7 @@ It is nanoGPT's model with nanoGPT's names, and these additions:
     switches    what Llama and Qwen3 do otherwise than GPT-2: norm, position, mlp, n_kv_head, head_dim, qk_norm, tied
     surgery     a text model that is loaded gains eyes, tokens and positions, and says in a table what it gained
     layouts     the names and files under which Hugging Face keeps GPT-2, Llama (SmolLM2) and Qwen3, read and written
+    Aligner     no GPT: the first stage of BLIP-2, in which encoder and Q-Former learn from pictures and captions
 
 To read it as nanoGPT's is read, stop at "surgery and loading": what follows is about files.
 
