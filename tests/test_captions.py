@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import inside, refused
+from conftest import inside, refused, train
 from PIL import Image, ImageFont
 
 import prepare_data
@@ -210,6 +210,22 @@ def test_bleu_rouge_and_cider_are_pycocoevalcaps():
     predictions, references = random_captions()
     found = score_captions(predictions, [{'references': refs} for refs in references])
     assert found == pytest.approx(PYCOCOEVALCAP, abs=1e-6)
+
+
+def test_answers_to_held_out_captions_are_scored_as_captions(folder):
+    (folder / 'data' / 'few').mkdir(parents=True)
+    for part, references in (('train', {}), ('val', {'references': ['Red one.', 'A red thing.']})):
+        rows = [{'text': '<image>Red one.', 'image_path': f'{part}{i}.png', **references} for i in range(3)]
+        (folder / 'data' / 'few' / f'{part}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+        for i in range(3):
+            Image.new('RGB', (24, 16), (200, i, 0)).save(folder / 'data' / 'few' / f'{part}{i}.png')
+    knobs = ['--dataset=few', '--learning_rate=1e-2', '--connector_lr=1e-2', '--max_iters=40', '--eval_interval=40']
+    process = train(folder / 'out', *knobs)
+    assert process.returncode == 0, process.stderr
+    process = inside('sample.py', '--out_dir=out', '--eval=few', '--max_new_tokens=12')
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout)
+    assert found['exact'] == 1 and found['rouge_l'] == 1 and {'bleu4', 'cider_d'} <= set(found)
 
 
 def test_scores_of_what_is_equal_and_of_what_has_nothing_in_common():
