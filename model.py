@@ -587,15 +587,15 @@ class GPT(nn.Module):
         if has_lora and wanted not in (0, args['lora_rank']):
             raise ValueError(f'{source} has LoRA updates of rank {args["lora_rank"]}: go on with that lora_rank, or with '
                              f'lora_rank=0, which merges them, but not with {wanted}')
+        if has_lora and not wanted and args.get('lora_scope') == 'image':
+            raise ValueError(f'{source} has LoRA updates that act behind images only, and cannot be merged: go on with '
+                             f'lora_rank={args["lora_rank"]}')
         if has_lora:
             config.lora_rank = args['lora_rank']
         has_tower = any(name.startswith('vision.encoder.') for name in state)
         model = cls(config, load_tower=not has_tower, device='meta')
         model.load_weights(state, args, source)
         model.base = base
-        if has_lora and not wanted and args.get('lora_scope') == 'image':
-            raise ValueError(f'{source} has LoRA updates that act behind images only, and cannot be merged: go on with '
-                             f'lora_rank={args["lora_rank"]}')
         if has_lora and not wanted:
             model.merge_lora()
         elif wanted and not has_lora:
@@ -774,7 +774,10 @@ def read_eyes(source, config):
     if it has one and `config` asks for one; of a BLIP-2 in Hugging Face's layout the Q-Former.
     """
     if is_pretrained(source):
-        args, state = read_blip2(*read_tensors(source))
+        try:
+            args, state = read_blip2(*read_tensors(source))
+        except ValueError as error:
+            raise ValueError(f'vision_from={source}: {error}') from error
     else:
         args, state, _ = read_weights(source)
     known, names = vars(GPTConfig(**args)), () if is_pretrained(source) else ENCODER
@@ -955,7 +958,7 @@ def read_blip2(config, tensors):
     shape = {'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12, 'cross_attention_frequency': 2,
              **config.get('qformer_config', {})}
     if config.get('model_type') != 'blip-2':
-        raise ValueError(f'vision_from takes a checkpoint or a BLIP-2, not a {config.get("model_type")!r}')
+        raise ValueError(f'expected a checkpoint or a BLIP-2, got a {config.get("model_type")!r}')
     demand(shape, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
                    'intermediate_size': 4 * shape['hidden_size']})
     args = {'connector': 'qformer', 'n_queries': config.get('num_query_tokens', 32),

@@ -318,6 +318,8 @@ class Examples:
         self.seen = seen        # text of which no line is to be read
         self.tasks = parse_tasks(config.tasks if tasks is None else tasks)
         self.order = (None, None)  # (epoch, permutation), the last one used
+        # whether the rows are plain text, which gives any number of examples, each another picture
+        self.drawn = 'messages' not in rows[0] and not rows[0].get('images')
         if config.augment not in ('', 'crop', 'colour', 'crop+colour'):
             raise ValueError(f"augment must be crop, colour or crop+colour, or '' for none, got {config.augment!r}")
 

@@ -281,6 +281,11 @@ def embed_texts(model, tokenizer, captions, autocast, features=None):
         return model.text_vectors(ids.to(model.logit_scale.device)).float().cpu()
 
 
+def cosines(image_vectors, text_vectors):
+    """Pictures (N, K, D) and captions (M, D) -> (N, M): of a picture the query that is nearest to the caption counts."""
+    return torch.einsum('nkd,md->nmk', image_vectors, text_vectors).amax(-1)
+
+
 def recall(image_vectors, text_vectors, owner):
     """
     How well pictures (N, K, D) and captions (M, D) find one another; caption j belongs to picture owner[j]. Returns a dict: the
@@ -288,7 +293,7 @@ def recall(image_vectors, text_vectors, owner):
     (t2i_...), what guessing would give (chance_r1), and the mean cosine of two pictures: near 1, all of them have collapsed
     into one. What is just as similar as the right one counts as more similar, or a collapsed model would be perfect.
     """
-    similarity = torch.einsum('nkd,md->nmk', image_vectors, text_vectors).amax(-1)       # (N, M)
+    similarity = cosines(image_vectors, text_vectors)                                    # (N, M)
     N, M = similarity.shape
     right = owner == torch.arange(N)[:, None]                                            # (N, M)
     best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)               # (N, 1)
@@ -303,9 +308,8 @@ def retrieval_grid(examples, image_vectors, text_vectors, owner, captions, size=
     """The first pictures as columns, a caption of each as rows, and in each cell how similar the two are."""
     size = min(size, len(examples))
     chosen = [owner.tolist().index(i) for i in range(size)]
-    similarity = torch.einsum('nkd,md->nmk', image_vectors[:size], text_vectors[chosen]).amax(-1)
     return render.similarity_grid([load_image(e['images'][0]) for e in examples[:size]], [captions[j] for j in chosen],
-                                  similarity.T.tolist())
+                                  cosines(image_vectors[:size], text_vectors[chosen]).T.tolist())
 
 
 # -----------------------------------------------------------------------------
@@ -429,10 +433,7 @@ def held_out(config, most):
         examples = Examples(JsonLines(eval), config, seed=0, tasks='read', shuffle=False)
     else:
         examples = held_out_examples(eval, config, 'read')
-    rows = examples.rows
-    # plain text gives any number of examples, each another picture
-    drawn = 'messages' not in rows[0] and not rows[0].get('images')
-    return (examples[i] for i in range(most if drawn else min(most, len(rows))))
+    return (examples[i] for i in range(most if examples.drawn else min(most, len(examples.rows))))
 
 
 def retrieve(model, encoding, config, autocast):
@@ -442,7 +443,7 @@ def retrieve(model, encoding, config, autocast):
                                             for i in tqdm(range(0, len(things), batch_size), unit='batch')])
     images, texts = embed(embed_images, examples), embed(embed_texts, captions)
     table, sheet = os.path.join(out_dir, 'eval.csv'), os.path.join(out_dir, 'eval.png')
-    similarity = torch.einsum('nkd,md->nmk', images, texts).amax(-1)                     # (N, M)
+    similarity = cosines(images, texts)                                                  # (N, M)
     with open(table, 'w', newline='', encoding='utf-8') as f:
         writer = csv.writer(f)
         writer.writerow(['image', 'caption', 'cosine', 'rank', 'nearest'])

@@ -272,7 +272,7 @@ def adopt_model(config, tokenizer):
 def take_eyes(model, eyes, config, shape):
     """Gives the model the eyes that read_eyes has read, and says what they are."""
     taken = model.vision.take(eyes, config.vision_from)
-    if model.vision.connector is not None and config.init_from != 'scratch':
+    if config.init_from != 'scratch':  # a trained GPT's embeddings have a size, which image tokens have to match
         model.match_rms()
     if int(os.environ.get('RANK', 0)) == 0:
         told = ', '.join(f'{key} {value!r}' for key, value in shape.items() if getattr(config, key, value) != value)
@@ -318,9 +318,8 @@ class Evaluation:
         pictured = ' '.join(f'{t}:{w}' for t, w in weights.items() if t != 'text') if model_config.vision_encoder else ''
         n = max(config.eval_iters * config.batch_size, config.eval_samples if model_config.vision_encoder else 0)
         first = held_out_examples(config.dataset, config, pictured or 'text')
-        rows = first.rows
-        plain = 'messages' not in rows[0] and not rows[0].get('images')
-        n = n if plain else min(n, len(rows))
+        plain = first.drawn
+        n = n if plain else min(n, len(first.rows))
         if not model_config.vision_encoder and plain and set(weights) != {'text'}:
             raise ValueError(f'tasks {config.tasks!r} makes pictures, but the model has no vision_encoder: '
                              'set --vision_encoder=vit, or --tasks=text')
@@ -407,20 +406,19 @@ class RetrievalEvaluation:
         self.config, self.tokenizer, self.model_config, self.place = config, tokenizer, model_config, place
         self.features = features
         held_out = held_out_examples(config.dataset, config, 'read')
-        drawn = 'messages' not in held_out.rows[0] and not held_out.rows[0].get('images')
-        n = 4 * config.eval_samples if drawn else len(held_out.rows)
+        n = 4 * config.eval_samples if held_out.drawn else len(held_out.rows)
         self.examples, self.captions, self.owner = pairs_of((held_out[i] for i in range(n)), config.eval_samples)
 
     @torch.no_grad()
     def run(self, model, autocast):
         """The dict of log.jsonl's "eval", and the similarity grid or None."""
         model.eval()
-        torch.manual_seed(self.config.seed)  # the wrong pairs of ITM, the same at every evaluation
         size, rows = self.config.batch_size, self.examples[:self.config.eval_iters * self.config.batch_size]
 
         def losses(some):
             batch = collate([tokenize(e, self.tokenizer, self.model_config, features=self.features) for e in some],
                             self.model_config)
+            torch.manual_seed(self.config.seed)  # the wrong pairs of ITM, the same at every evaluation and on any rank
             with autocast:
                 parts, _ = model(*to_device(batch, self.place.device))
             return [{'pairs': len(some), **{name: loss.item() for name, loss in parts.items()}}]

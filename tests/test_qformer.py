@@ -408,5 +408,5 @@ def test_a_run_begins_with_blip2s_q_former_and_refuses_one_of_another_width(blip
         settings['qformer_config'][key] = value
         (tmp_path / 'other' / 'config.json').write_text(json.dumps(settings))
         refused(train(tmp_path / 'b', *words, f'--vision_from={tmp_path}/other'), complaint)
-    with pytest.raises(ValueError, match="takes a checkpoint or a BLIP-2, not a 'llama'"):
+    with pytest.raises(ValueError, match="expected a checkpoint or a BLIP-2, got a 'llama'"):
         read_blip2({'model_type': 'llama'}, {})
