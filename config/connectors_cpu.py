@@ -12,16 +12,16 @@ encoder of the Q-Former's first stage, which makes 18.
         --vision_from= --line_height=13 --patch_height=13 --max_image_tokens=64 --max_iters=1500 --eval_interval=500
     python train.py config/connectors_cpu.py --connector=linear --max_iters=1500 --eval_interval=500 --out_dir=out/linear18
 
-Two cores of an Intel Xeon at 2.5 GHz, 2026-11-21, one for each of two runs at a time; 256 held-out lines, none of which
-occurs in the training text. text_loss stays what it was to the bit, 1.32:
+Two cores of an Intel Xeon at 2.5 GHz, 2026-11-21, one for each of two runs at a time; CER on 512 held-out lines, none of which
+occurs in the training text (sample.py --eval=pydoc --eval_samples=512). text_loss stays what it was to the bit, 1.32:
     connector   image tokens      encoder       steps  minutes  CER     exact  val_loss, blank, shuffled
-    qformer     32                first stage   1500   32       44.6 %   5 %   0.63, 3.25, 2.85
-    qformer     32                first stage   3000   64        6.0 %  69 %   0.17, 5.11, 4.53
-    linear      32 (19 to 51)     from scratch  1500   31        1.9 %  89 %   0.09, 6.99, 5.68
-    pool        32 (19 to 51)     from scratch  1500   48        1.8 %  90 %   0.09, 7.22, 5.56
-    linear      18 (11 to 28)     first stage   1500   26        5.7 %  67 %   0.16, 5.71, 5.08
-Of the Q-Former's 3,000 steps, CER after 1,000: 58 %, after 2,000: 15 %. What was tried with it: LoRA of rank 16 at 2e-3,
-79 % after 300 steps; Muon for LoRA's matrices, no faster. Three times this rate diverged, with linear.
+    qformer     32                first stage   1500   32       44.8 %   5 %   0.63, 3.25, 2.85
+    qformer     32                first stage   3000   64        7.3 %  65 %   0.17, 5.11, 4.53
+    linear      32 (19 to 51)     from scratch  1500   31        1.8 %  88 %   0.09, 6.99, 5.68
+    pool        32 (19 to 51)     from scratch  1500   48        1.9 %  88 %   0.09, 7.22, 5.56
+    linear      18 (11 to 28)     first stage   1500   26        5.6 %  66 %   0.16, 5.71, 5.08
+Of the Q-Former's 3,000 steps, CER of 256 lines after 1,000: 58 %, after 2,000: 15 %. What was tried with it: LoRA of rank 16 at
+2e-3, 79 % after 300 steps; Muon for LoRA's matrices, no faster. Three times this rate diverged, with linear.
 """
 out_dir = 'out/connectors_cpu'
 init_from = 'out/text_bytes/ckpt.pt'
