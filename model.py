@@ -753,7 +753,10 @@ def checkpoint_weights(checkpoint, path):
         raise ValueError(f'{path}: model_args has {", ".join(unknown)}, which this GPT does not know')
     state = {plain_name(name): p for name, p in checkpoint['model'].items()}
     if base:
-        _, below, _ = read_weights(base['init_from'])
+        try:
+            _, below, _ = read_weights(base['init_from'])
+        except ValueError as error:
+            raise ValueError(f'{path} holds LoRA updates only; the model they adapt cannot be read: {error}') from error
         if fingerprint(below) != base['fingerprint']:
             raise ValueError(f'{path} adapts {base["init_from"]}, but what is there now are other weights')
         below |= {name: resized(below[name], args[key]) for name, key in TABLES.items() if name in below}

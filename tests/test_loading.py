@@ -289,4 +289,8 @@ def test_a_lora_run_saves_little_resumes_exactly_and_needs_the_model_it_adapts(r
     state['base']['init_from'] = str(other)
     with pytest.raises(ValueError, match='what is there now are other weights'):
         GPT.from_state(state, 'x')
+    # or is gone: then it is not the updates that are missing
+    other.unlink()
+    with pytest.raises(ValueError, match='^x holds LoRA updates only; the model they adapt .* no checkpoint at .*base.pt'):
+        GPT.from_state(state, 'x')
     refused(train(tmp_path / 'f', *LORA), 'lora_rank adapts a model')
