@@ -6,6 +6,7 @@ encoder of the Q-Former's first stage, which makes 18.
     python train.py config/text_bytes.py
     python train.py config/qformer_cpu.py
     python train.py config/connectors_cpu.py                                      # that first stage's encoder and Q-Former
+    python train.py config/connectors_cpu.py --max_iters=1500 --eval_interval=500 --out_dir=out/qformer1500
     python train.py config/connectors_cpu.py --connector=linear --patch_width=4 --out_dir=out/linear \
         --vision_from= --line_height=13 --patch_height=13 --max_image_tokens=64 --max_iters=1500 --eval_interval=500
     python train.py config/connectors_cpu.py --connector=pool --patch_width=2 --out_dir=out/pool \
@@ -36,11 +37,7 @@ grow_iters = 120
 min_span = 64
 max_span = 126
 vision_encoder = 'vit'
-connector = 'qformer'
-n_queries = 32
-qformer_n_layer = 2
-qformer_n_head = 4
-qformer_n_embd = 128
+connector = 'qformer'   # of the size that vision_from's has
 line_height = 14
 patch_height = 14
 patch_width = 8

@@ -9,7 +9,7 @@ queries over, and each part has a learning rate of its own.
     python sample.py --out_dir=out/vlm_qformer --image x.jpg --prompt "What is this?"
 
 The whole GPT instead of LoRA: --lora_rank=0 --lora_scope=all --learning_rate=5e-5. Not run at this size yet, for lack of the
-data and GPUs.
+data and GPUs; the same path on a CPU: connectors_cpu.py.
 """
 out_dir = 'out/vlm_qformer'
 init_from = 'HuggingFaceTB/SmolLM2-135M-Instruct'
