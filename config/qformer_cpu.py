@@ -7,8 +7,8 @@ picture? Nothing is downloaded.
 
 Two cores of an Intel Xeon at 2.5 GHz, 2026-11-21: 7.8 minutes with five evaluations; recall@1 among 1,000 held-out pairs 96.8 %
 from picture to caption and 96.0 % back (chance 0.1 %), mean cosine of two pictures 0.92. Rounding decides which hard negatives
-are drawn: another run ended at 95.6 and 95.5 %, cosine 0.78. ITC alone, on one core, lines of 8 to 16 characters: 86 % after 300
-steps, 2.5 minutes.
+are drawn: another run ended at 95.6 and 95.5 %, cosine 0.78. ITC alone, on one core, lines of 8 to 16 characters: 86 % after
+300 steps, 2.5 minutes.
 """
 out_dir = 'out/qformer_cpu'
 dataset = 'pydoc'
