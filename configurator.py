@@ -1,61 +1,132 @@
 """
-Knobs are the plain global variables at the top of a script; a config file is more Python that sets some of them;
---key=value on the command line has the last word:
+Knobs of a script are the plain global variables at its top, and the fields of the config class that it names. A config file
+is Python that sets some of them; --key=value on the command line has the last word:
 
     $ python train.py config/quickstart.py --batch_size=32 --out_dir=out/wide
     $ python train.py --help                    # every knob of the script, with its comment and its value
+    $ python prepare_data.py shapes --help      # the knobs of a command are the keyword arguments of its function
 
-nanoGPT executes its configurator inside the script. Here it is one call, `config = configure(globals())`, so that a
-misspelt key (in a config file as well) is a sentence and not a silent new variable, and a value has its knob's type.
+nanoGPT executes its configurator inside the script. Here it is one call, `config = configure(globals(), GPTConfig)`. A
+misspelled key, in a config file too, is an error and not a new variable, and a value has the type of its knob.
 """
 
 import ast
+import dataclasses
 import difflib
+import inspect
 import os
 import sys
 
 
-def configure(knobs, argv=None):
+def configure(knobs, config_class=None, argv=None):
     """
-    Overrides the knobs in the namespace `knobs` by config files and --key=value, in the order in which they come.
+    Overrides the knobs in a script's globals() by config files and --key=value, in the order in which they come.
 
-    A knob is a global of the calling script whose value is a bool, int, float, str or a tuple of str. `--key value`
-    and `--flag` (for True) work too; a tuple takes all values that follow: `--image a.png b.png`.
-    Returns {name: value} of all knobs. Raises ValueError for an unknown key or a value that is not of the knob's type.
+    A knob is a global whose value is a bool, int, float, str or a tuple of str, or a field of the dataclass config_class
+    that the script does not list itself. `--key value` and `--flag` (for True) work too; a tuple takes all values that
+    follow: `--image a.png b.png`. Returns {name: value} of all knobs; the script's own are set in its globals as well.
+    Raises ValueError for an unknown key or a value that is not of the knob's type.
     """
     argv = sys.argv[1:] if argv is None else argv
-    names = [k for k, v in knobs.items()  # CONSTANTS are not knobs
-             if k.islower() and not k.startswith('_') and isinstance(v, (bool, int, float, str, tuple))]
-    if '--help' in argv or '-h' in argv:
-        print_help(knobs, names)
+    own = {name: value for name, value in knobs.items() if is_knob(name, value)}
+    values = {**own, **{name: v for name, v in knobs_of(config_class).items() if name not in own}}
+    if asks_for_help(argv):
+        with open(knobs['__file__'], encoding='utf-8') as f:
+            print_help(knobs['__doc__'], values, f.read(), *sources_of(config_class))
         sys.exit(0)
+    override(values, argv)
+    knobs.update((name, values[name]) for name in own)
+    return values
+
+
+def run_command(commands, argv=None):
+    """Runs `SCRIPT NAME --key=value`: calls the function commands[NAME] with its keyword arguments as knobs."""
+    argv = sys.argv[1:] if argv is None else argv
+    if asks_for_help(argv[:1]):
+        for name, function in commands.items():
+            summary = inspect.getdoc(unwrap(function)).partition('\n')[0]
+            print(f'{name:<16} {summary}')
+        print('\nNAME --help lists the knobs of a command')
+        sys.exit(0)
+    if not argv or argv[0] not in commands:
+        raise ValueError(f'expected a command: {", ".join(commands)}; --help says what each does')
+    return call_with_knobs(commands[argv[0]], argv[1:])
+
+
+def call_with_knobs(function, argv, *positional):
+    """
+    Calls function(*positional, **knobs); its keyword arguments, overridden by argv, are the knobs. A parameter annotated
+    with a dataclass gives that dataclass's fields as knobs and receives an instance.
+    """
+    values, classes = {}, {}
+    parameters = list(inspect.signature(function).parameters.values())
+    for parameter in parameters[len(positional):]:
+        if dataclasses.is_dataclass(parameter.annotation):
+            classes[parameter.name] = parameter.annotation
+            values.update(knobs_of(parameter.annotation))
+        else:
+            values[parameter.name] = parameter.default
+    if asks_for_help(argv):
+        sources = [source for cls in classes.values() for source in sources_of(cls)]
+        print_help(inspect.getdoc(unwrap(function)), values, inspect.getsource(unwrap(function)), *sources)
+        sys.exit(0)
+    override(values, argv)
+    for name, cls in classes.items():
+        values[name] = cls(**{field: values.pop(field) for field in knobs_of(cls)})
+    return function(*positional, **values)
+
+
+def is_knob(name, value):
+    """CONSTANTS and _private names are no knobs."""
+    return name.islower() and not name.startswith('_') and isinstance(value, (bool, int, float, str, tuple))
+
+
+def knobs_of(config_class):
+    """{field: default} of a dataclass, without the fields that follow from others (metadata derived)."""
+    if config_class is None:
+        return {}
+    return {f.name: f.default for f in dataclasses.fields(config_class) if not f.metadata.get('derived')}
+
+
+def sources_of(config_class):
+    """The source texts of a dataclass and of those that it extends."""
+    classes = inspect.getmro(config_class)[:-1] if config_class else ()
+    return [inspect.getsource(cls) for cls in classes]
+
+
+def unwrap(function):
+    """The function of a functools.partial."""
+    return getattr(function, 'func', function)
+
+
+def override(values, argv):
+    """Sets values[key] for each --key=value, and for each assignment in a config file."""
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith('--'):
-            run_config_file(word, knobs, names)
+            run_config_file(word, values)
             continue
         key, has_value, value = word[2:].partition('=')  # a value may hold further '='
-        known(key, names, f'--{key}')
-        values = [value] if has_value else []
-        many = isinstance(knobs[key], tuple)
-        while words and not words[0].startswith('--') and (many or not values):
-            values.append(words.pop(0))
-        if not values and isinstance(knobs[key], bool):
-            values = ['True']
-        if not values:
-            raise ValueError(f'--{key} needs a value: --{key}=VALUE (now {knobs[key]!r})')
-        knobs[key] = tuple(values) if many else convert(key, values[0], knobs[key])
-        print(f'overriding: {key} = {knobs[key]!r}', file=sys.stderr)
-    return {name: knobs[name] for name in names}
+        check_known(key, values, f'--{key}')
+        takes_many = isinstance(values[key], tuple)
+        texts = [value] if has_value else []
+        while words and not words[0].startswith('--') and (takes_many or not texts):
+            texts.append(words.pop(0))
+        if not texts and isinstance(values[key], bool):
+            texts = ['True']
+        if not texts:
+            raise ValueError(f'--{key} needs a value: --{key}=VALUE (now {values[key]!r})')
+        values[key] = tuple(texts) if takes_many else convert(key, texts[0], values[key])
+        print(f'overriding: {key} = {values[key]!r}', file=sys.stderr)
 
 
-def run_config_file(path, knobs, names):
-    """Executes a config file with the knobs' present values in reach; every name it sets must be a knob."""
+def run_config_file(path, values):
+    """Executes a config file, which can read the present values; every name that it sets must be a knob."""
     if not os.path.isfile(path):
-        raise ValueError(f'expected a config file or --key=value, got {path!r}, which is no file')
+        raise ValueError(f'expected a config file or --key=value, got {path!r}, which is not a file')
     print(f'config file: {path}', file=sys.stderr)
-    scope = {name: knobs[name] for name in names}
+    scope = dict(values)
     with open(path, encoding='utf-8') as f:
         try:
             exec(compile(f.read(), path, 'exec'), scope)
@@ -64,20 +135,15 @@ def run_config_file(path, knobs, names):
     for key, value in scope.items():
         if key.startswith('_') or isinstance(value, type(sys)):  # __doc__, __builtins__, imported modules
             continue
-        known(key, names, f'{path}: {key}')
-        old = knobs[key]
-        if isinstance(old, float) and type(value) is int:
-            value = float(value)
-        if type(value) is not type(old):
-            raise ValueError(f'{path}: {key} must be {type(old).__name__}, like {old!r}, got {value!r}')
-        knobs[key] = value
+        check_known(key, values, f'{path}: {key}')
+        values[key] = check_type(value, values[key], f'{path}: {key}')
 
 
-def known(key, names, where):
-    """Raises ValueError, naming the nearest knobs, unless `key` is one."""
-    if key not in names:
-        near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
-        hint = f'did you mean {" or ".join(near)}?' if near else '--help lists all knobs'
+def check_known(key, values, where):
+    """Raises ValueError, naming the closest knobs, unless `key` is one."""
+    if key not in values:
+        close = difflib.get_close_matches(key, values, n=3, cutoff=0.5)
+        hint = f'did you mean {" or ".join(close)}?' if close else '--help lists all knobs'
         raise ValueError(f'{where} is not a knob of this script: {hint}')
 
 
@@ -90,32 +156,42 @@ def convert(key, text, old):
     except (SyntaxError, ValueError):
         value = text
     if isinstance(old, bool) and value in (0, 1):
-        return bool(value)
+        value = bool(value)
+    if type(old) is int and type(value) is float and value.is_integer():  # --max_iters=1e4
+        value = int(value)
+    return check_type(value, old, f'--{key}')
+
+
+def check_type(value, old, where):
+    """The value, if it is of the type of `old`; an int is a float, too. Else raises ValueError."""
     if isinstance(old, float) and type(value) is int:
         return float(value)
-    if type(old) is int and type(value) is float and value.is_integer():  # --max_iters=1e4
-        return int(value)
     if type(value) is not type(old):
-        raise ValueError(f'--{key} must be {type(old).__name__}, like {old!r}, got {text!r}')
+        raise ValueError(f'{where} must be {type(old).__name__}, like {old!r}, got {value!r}')
     return value
 
 
-def print_help(knobs, names):
-    """Every knob as 'name = value  # comment', in the script's order and under its own headings."""
-    print((knobs.get('__doc__') or '').strip() + '\n')
-    with open(knobs['__file__'], encoding='utf-8') as f:
-        lines = f.read().split('\n')
-    heading = ''
-    for line in lines:
-        name = line.partition(' = ')[0]
-        if name in names:
-            comment = line.partition('  #')[2].strip()
-            print(heading + f'  --{name}={knobs[name]!r}'.ljust(42) + (f' # {comment}' if comment else ''))
-        heading = line + '\n' if line.startswith('# ') and not line.startswith('# ---') else ''
+def asks_for_help(argv):
+    return '--help' in argv or '-h' in argv
+
+
+def print_help(doc, values, *sources):
+    """Every knob as '--name=value  # comment', in the order of the sources and under their headings."""
+    print((doc or '').strip() + '\n')
+    remaining = dict(values)
+    for source in sources:
+        heading = ''
+        for line in source.split('\n'):
+            code, _, comment = line.partition('  #')
+            name = code.partition('=')[0].partition(':')[0].strip()
+            if '=' in code and name in remaining:
+                print(heading + f'  --{name}={remaining.pop(name)!r}'.ljust(42) + (comment and f' # {comment.strip()}'))
+            is_comment = line.strip().startswith('# ') and '---' not in line
+            heading = heading + line.strip() + '\n' if is_comment else ''
 
 
 def run(main):
-    """Runs a script's main(): what a user can cause ends in one sentence and status 1. `python -X dev` shows all."""
+    """Runs a script's main(). A user's mistake ends in one sentence and status 1; `python -X dev` shows the traceback."""
     try:
         main()
     except (ValueError, OSError) as error:

@@ -1,117 +1,113 @@
 """
-Text -> images: the part of glimpse that turns any text into pictures a model can learn to read.
+Text -> images: everything that draws text for a model to read, and the images that show what a run does.
 
-    fit            the largest font size at which the wrapped text fills a box and nothing runs out of it
-    draw           the text as a PIL image, with seeded augmentation on request
-    split          a span of tokens or characters -> prefix, infix, postfix; the infix is what gets drawn
-    contact_sheet  pictures with captions, right ones green and wrong ones red: the eyes of the experimenter
-    token_sheet    an example's images and tokens, what is learnt of them in green
+    fit            the largest font size at which the wrapped text stays inside a box
+    draw           the text as a PIL image, with random augmentation if asked for
+    split          a list of tokens or a string -> prefix, infix, postfix; the infix is the part that is drawn
+    contact_sheet  images with captions, correct ones in green and wrong ones in red
+    token_sheet    the images and tokens of an example, those in the loss in green
 
-What will the model see?
+What does the model get as its image?
 
     $ python render.py "The quick brown fox" --out x.png
     $ python render.py "$(cat poem.txt)" --width=448 --height=448 --out page.png
 
-The font is Pillow's built-in one (Aileron), or any .ttf/.otf file or folder of them.
+The font is Pillow's built-in one (Aileron), or any .ttf/.otf file or a folder of them.
 """
 
-import functools
 import itertools
 import math
 import os
 import random
 import sys
+from bisect import bisect_right
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 # -----------------------------------------------------------------------------
-# fonts
+# fonts: `font` is the path of a font file, '' for Pillow's built-in one; `face` is a font loaded at one size
 
-MIN_SIZE, MAX_SIZE = 6, 200  # font sizes in pixels that `fit` tries unless told otherwise
-LEADING = 1.4                # distance of two baselines, in font sizes
+MIN_SIZE = 6    # font sizes in pixels that `fit` tries unless it is asked for others
+MAX_SIZE = 200
+LEADING = 1.4   # distance of two baselines, in font sizes
 
 
-@functools.lru_cache(maxsize=1024)
-def load_font(path, size):
-    """The font at `size` pixels; path '' is Pillow's built-in one. Raises ValueError if the file is no font."""
-    if not path:
+@lru_cache(maxsize=1024)
+def load_font(font, size):
+    """The font at `size` pixels, as a PIL font. Raises ValueError if the file is not a font."""
+    if not font:
         return ImageFont.load_default(size)
     try:
-        return ImageFont.truetype(path, size)
+        return ImageFont.truetype(font, size)
     except OSError as error:
-        raise ValueError(f'{path} is not a font that can be read ({error}): expected a .ttf or .otf file') from error
+        raise ValueError(f'{font} is not a font that can be read ({error}): expected a .ttf or .otf file') from error
 
 
-@functools.lru_cache
+@lru_cache
 def list_fonts(path):
     """['' (built-in)] for '', [path] for a file, all fonts below a folder in sorted order."""
     if not path or os.path.isfile(path):
         return [path]
-    found = sorted(os.path.join(root, name) for root, _, names in os.walk(path)
-                   for name in names if name.lower().endswith(('.ttf', '.otf')))
-    if not found:
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    fonts = sorted(file for file in files if file.lower().endswith(('.ttf', '.otf')))
+    if not fonts:
         raise ValueError(f'no .ttf or .otf file in font folder {path!r}')
-    return found
+    return fonts
 
 
-@functools.lru_cache(maxsize=65536)
-def has_glyph(character, path=''):
-    """Whether the font can draw the character: a missing one comes out as the same little box as U+FFFF does."""
+@lru_cache(maxsize=65536)
+def has_glyph(character, font=''):
+    """Whether the font can draw the character. A missing one is drawn as the same small box as U+FFFF."""
     if character.isspace():
         return character in ' \n\t'
-    font = load_font(path, 16)
-    return bytes(font.getmask(character)) != bytes(font.getmask('\uffff'))
+    face = load_font(font, 16)
+    return bytes(face.getmask(character)) != bytes(face.getmask('\uffff'))
 
 
-def drawable(text, font=''):
-    """The text without the characters that the font lacks; what remains can be drawn and therefore read."""
+def strip_unsupported(text, font=''):
+    """The text without the characters that the font cannot draw."""
     return ''.join(c for c in text if has_glyph(c, font))
 
 
 # -----------------------------------------------------------------------------
 # fit: text and a box -> font size and lines
 
-def wrap(text, font, width):
+def wrap(text, face, width):
     """
-    Breaks text into lines of at most `width` pixels, at spaces where it can and inside a word where it must.
-    Newlines and indentation survive. Returns the lines, or None if a single character is wider than the box.
+    Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary. Newlines and
+    indentation stay. Only a line of a single character can be wider.
     """
     lines = []
     for paragraph in text.expandtabs(4).split('\n'):
-        while font.getlength(paragraph) > width:
-            # the longest head that fits, by bisection
-            low, high = 0, len(paragraph)
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if font.getlength(paragraph[:middle]) <= width else (low, middle)
-            if low == 0:
-                return None
-            indent = len(paragraph) - len(paragraph.lstrip(' '))
-            space = paragraph.rfind(' ', indent, low + 1)  # a space right behind the head is a fine place too
-            cut, skip = (space, 1) if space > 0 else (low, 0)
-            lines.append(paragraph[:cut])
-            paragraph = paragraph[cut + skip:]
+        while len(paragraph) > 1 and face.getlength(paragraph) > width:
+            # the number of characters that fit, by bisection
+            end = bisect_right(range(2, len(paragraph)), width, key=lambda n: face.getlength(paragraph[:n])) + 1
+            head, space, _ = paragraph[:end + 1].rpartition(' ')  # a space after the last of them will do
+            if not head.strip(' '):  # no space except the indentation: break the word
+                head, space = paragraph[:end], ''
+            lines.append(head)
+            paragraph = paragraph[len(head + space):]
         lines.append(paragraph)
     return lines
 
 
-def layout(text, font, width, leading=LEADING):
+def layout(text, face, width):
     """
-    The text set in a column of `width` pixels: its lines, and the ink box (x0, y0, x1, y1) they need, in pixels,
-    with the origin at the left end of the first ascender line. None if the column is too narrow for a character.
+    Sets the text in a column of `width` pixels. Returns its lines and their ink box (x0, y0, x1, y1) in pixels; the
+    origin is the left end of the first ascender line.
     """
-    lines = wrap(text, font, width)
-    if lines is None:
-        return None
-    ascent, descent = font.getmetrics()
-    pitch = math.ceil(leading * font.size)
-    # accents and italics can stand out of the font's own metrics, so the ink is measured, not assumed
-    boxes = [font.getbbox(line) for line in lines]
-    x0 = min(0, *(b[0] for b in boxes))
+    lines = wrap(text, face, width)
+    pitch = math.ceil(LEADING * face.size)
+    # accents and italics can be larger than the font's own metrics, so the ink is measured
+    boxes = [face.getbbox(line) for line in lines]
+    bottoms = [pitch * i + box[3] for i, box in enumerate(boxes)]
+    last_descent = pitch * (len(lines) - 1) + sum(face.getmetrics())
+    x0 = min(0, *(box[0] for box in boxes))
     y0 = min(0, boxes[0][1])
-    x1 = max(b[2] for b in boxes)
-    y1 = max(ascent + descent + pitch * (len(lines) - 1), *(pitch * i + b[3] for i, b in enumerate(boxes)), 0)
+    x1 = max(box[2] for box in boxes)
+    y1 = max(last_descent, *bottoms)
     return lines, (x0, y0, x1, y1)
 
 
@@ -119,27 +115,34 @@ class DoesNotFit(ValueError):
     """The text overflows its box even at the smallest font size that is allowed."""
 
 
-@functools.lru_cache(maxsize=256)
-def tallest(font, height, max_size):
-    """The largest font size up to max_size of which one line is no higher than `height` pixels, or 0."""
-    return next((size for size in range(max_size, 0, -1) if sum(load_font(font, size).getmetrics()) <= height), 0)
+@lru_cache
+def max_font_size(font, height, max_size):
+    """The largest font size up to max_size at which one line is at most `height` pixels high, or 0."""
+    for size in range(max_size, 0, -1):
+        if sum(load_font(font, size).getmetrics()) <= height:
+            return size
+    return 0
 
 
-def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE, leading=LEADING):
+def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
     """
     The largest font size, min_size <= size <= max_size, at which the wrapped text stays inside width x height pixels.
-    Returns (size, lines, ink box), the last two as `layout` gives them. Raises ValueError for text without ink,
+    Returns (size, lines, ink box), the last two as from `layout`. Raises ValueError for text without ink,
     DoesNotFit for text that overflows even at min_size.
     Binary search over cached fonts, as text-only VLM pretraining does it (sizes 12 to 200, leading 1.4).
     """
     if not text.strip():
         raise ValueError('there is nothing to draw: the text is empty or white space')
-    low, high, best = min_size, tallest(font, height, max_size), None
-    size = high  # a short line usually fits at the largest size that is not too high, so that is tried first
+    low = min_size
+    high = max_font_size(font, height, max_size)
+    size = high  # a short line usually fits at the largest size, so that is tried first
+    best = None
     while low <= high:
-        found = layout(text, load_font(font, size), width, leading)
-        if found and found[1][2] - found[1][0] <= width and found[1][3] - found[1][1] <= height:
-            best, low = (size, *found), size + 1
+        lines, ink = layout(text, load_font(font, size), width)
+        x0, y0, x1, y1 = ink
+        if x1 - x0 <= width and y1 - y0 <= height:
+            best = size, lines, ink
+            low = size + 1
         else:
             high = size - 1
         size = (low + high) // 2
@@ -152,48 +155,48 @@ def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE, lead
 # -----------------------------------------------------------------------------
 # draw: text -> image
 
-def draw(text, width, height, font='', size=0, position=(0.0, 0.0), color=(0, 0, 0), background=(255, 255, 255),
-         trim=False, pad=(0, 0), scale=1.0, rotate=0.0, blur=0.0, noise=0.0, seed=0, min_size=MIN_SIZE, max_size=MAX_SIZE,
-         leading=LEADING):
-    """
-    Draws text into a box of width x height pixels. Returns an RGB PIL image.
-
-    size      font size in pixels; 0 takes the largest that fits (`fit`)
-    position  (x, y) in [0, 1]: where in the room that is left over the text stands; (0, 0) is top left
-    trim      cut the picture to the width of the text: a picture as wide as its line, for a native-resolution encoder
-    pad       pixels of background left and right of the text
-    scale     share of the font size that would fit, so that `position` has room to move the text in
-    rotate    degrees counter-clockwise; the box is kept, so the text is set smaller
-    blur      radius of a Gaussian blur in pixels
-    noise     standard deviation of pixel noise, in grey levels of 255, drawn from `seed`
-
-    Raises ValueError if the text is empty or does not fit.
-    """
-    # a w x h box turned by an angle needs w cos + h sin by w sin + h cos: solve for what fits into ours
-    c, s = math.cos(math.radians(abs(rotate))), math.sin(math.radians(abs(rotate)))
-    inner_w, inner_h = int((width * c - height * s) / (c * c - s * s)), int((height * c - width * s) / (c * c - s * s))
-    if inner_w <= sum(pad) or inner_h < 1:
+def draw(
+    text,
+    width,                       # of the box, in pixels
+    height,
+    font='',
+    size=0,                      # font size in pixels; 0 takes the largest that fits
+    position=(0.0, 0.0),         # (x, y) in [0, 1]: how the space that is left over is shared; (0, 0) is top left
+    color=(0, 0, 0),
+    background=(255, 255, 255),
+    trim=False,                  # cut the image to the width of the text
+    pad=(0, 0),                  # pixels of background left and right of the text
+    scale=1.0,                   # share of the font size that fits; < 1 leaves space for `position`
+    rotate=0.0,                  # degrees counter-clockwise; the box stays as it is, so the text is set smaller
+    blur=0.0,                    # radius of a Gaussian blur, in pixels
+    noise=0.0,                   # standard deviation of pixel noise, in gray levels of 255
+    seed=0,                      # of the noise
+    min_size=MIN_SIZE,
+    max_size=MAX_SIZE,
+):
+    """Draws text into a box. Returns an RGB PIL image. Raises ValueError if the text is empty or does not fit."""
+    inner_width, inner_height = size_before_rotation(width, height, rotate)
+    text_width = inner_width - sum(pad)
+    if min(text_width, inner_height) < 1:
         raise DoesNotFit(f'a box of {width}x{height} pixels leaves no room for text turned by {rotate} degrees')
-    size, lines, ink = fit(text, inner_w - sum(pad), inner_h, font, size or min_size, size or max_size, leading)
+    size, lines, ink = fit(text, text_width, inner_height, font, size or min_size, size or max_size)
     if scale < 1:
         size = max(min_size, round(size * scale))
-        lines, ink = layout(text, load_font(font, size), inner_w - sum(pad), leading)
-    face, (x0, y0, x1, y1) = load_font(font, size), ink
+        lines, ink = layout(text, load_font(font, size), text_width)
+    x0, y0, x1, y1 = ink
     if trim:
-        surplus = inner_w - sum(pad) - math.ceil(x1 - x0)
-        width, inner_w = width - surplus, inner_w - surplus
-    image = Image.new('RGB', (inner_w, inner_h), background)
-    pen = ImageDraw.Draw(image)
-    x = pad[0] - x0 + position[0] * (inner_w - sum(pad) - (x1 - x0))
-    y = -y0 + position[1] * (inner_h - (y1 - y0))
-    pitch = math.ceil(leading * size)
-    for i, line in enumerate(lines):
-        pen.text((round(x), round(y) + i * pitch), line, font=face, fill=color)
+        surplus = text_width - math.ceil(x1 - x0)
+        width -= surplus
+        inner_width -= surplus
+        text_width -= surplus
+    image = Image.new('RGB', (inner_width, inner_height), background)
+    x = pad[0] - x0 + position[0] * (text_width - (x1 - x0))
+    y = -y0 + position[1] * (inner_height - (y1 - y0))
+    draw_lines(image, lines, round(x), round(y), load_font(font, size), math.ceil(LEADING * size), color)
     if rotate:
-        image = image.rotate(rotate, Image.Resampling.BICUBIC, expand=True, fillcolor=background)
-        page = Image.new('RGB', (width, height), background)
-        page.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
-        image = page
+        turned = image.rotate(rotate, Image.BICUBIC, expand=True, fillcolor=background)
+        image = Image.new('RGB', (width, height), background)
+        image.paste(turned, ((width - turned.width) // 2, (height - turned.height) // 2))
     if blur:
         image = image.filter(ImageFilter.GaussianBlur(blur))
     if noise:
@@ -201,193 +204,365 @@ def draw(text, width, height, font='', size=0, position=(0.0, 0.0), color=(0, 0,
     return image
 
 
+def size_before_rotation(width, height, degrees):
+    """(width, height) in pixels of the box that takes width x height pixels after a rotation."""
+    # a w x h box takes w cos + h sin by w sin + h cos: solved for w and h
+    angle = math.radians(abs(degrees))
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    determinant = cos * cos - sin * sin
+    inner_width = (width * cos - height * sin) / determinant
+    inner_height = (height * cos - width * sin) / determinant
+    return int(inner_width), int(inner_height)
+
+
+def draw_lines(image, lines, x, y, face, pitch, color='black'):
+    """Draws lines of text onto the image from (x, y) on, one every `pitch` pixels."""
+    pen = ImageDraw.Draw(image)
+    for i, line in enumerate(lines):
+        pen.text((x, y + i * pitch), line, color, face)
+
+
 def add_noise(image, sigma, seed):
-    """Gaussian pixel noise of standard deviation `sigma` grey levels, the same for the same seed."""
+    """Gaussian pixel noise of standard deviation `sigma` gray levels, the same for the same seed."""
     rng = np.random.default_rng(seed)
-    pixels = np.asarray(image, dtype=np.float32)
-    pixels = pixels + rng.normal(0.0, sigma, pixels.shape[:2])[..., None]  # one value for all three channels
+    noise = rng.normal(0.0, sigma, (image.height, image.width, 1))  # one value for the three channels
+    pixels = np.asarray(image, dtype=np.float32) + noise            # (H, W, 3)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def augmentation(rng, strength=1.0):
     """
-    Random arguments for `draw`: size, place, colours, rotation, blur and noise, scaled by strength in [0, 1]; 0 gives
-    plain black on white in the corner. `rng` is a random.Random, so the picture is a function of its seed.
+    Random arguments for `draw`: size, position, colors, rotation, blur and noise, scaled by strength in [0, 1]; 0 gives
+    plain black on white in the corner. `rng` is a random.Random, so the image is a function of its seed.
     """
     if not strength:
         return {}
-    paper, ink = 255 - rng.random() * 60 * strength, rng.random() * 90 * strength
+    paper = 255 - rng.random() * 60 * strength
+    ink = rng.random() * 90 * strength
     tint = [rng.random() * 30 * strength for _ in range(3)]
-    background, color = tuple(int(paper - t) for t in tint), tuple(int(ink + t) for t in tint)
-    if rng.random() < 0.2 * strength:  # now and then light on dark
+    background = tuple(int(paper - t) for t in tint)
+    color = tuple(int(ink + t) for t in tint)
+    if rng.random() < 0.2 * strength:  # sometimes light text on a dark background
         background, color = color, background
-    return dict(scale=1 - rng.random() * 0.5 * strength, position=(rng.random(), rng.random()),
-                pad=(rng.randint(0, round(8 * strength)), rng.randint(0, round(8 * strength))),
-                color=color, background=background,
-                rotate=rng.uniform(-1, 1) * strength if rng.random() < 0.3 * strength else 0.0,
-                blur=rng.random() * 0.6 * strength if rng.random() < 0.5 else 0.0,
-                noise=rng.random() * 12 * strength, seed=rng.getrandbits(32))
+    max_pad = round(8 * strength)
+    return dict(
+        color=color,
+        background=background,
+        scale=1 - rng.random() * 0.5 * strength,
+        position=(rng.random(), rng.random()),
+        pad=(rng.randint(0, max_pad), rng.randint(0, max_pad)),
+        rotate=rng.uniform(-1, 1) * strength if rng.random() < 0.3 * strength else 0.0,
+        blur=rng.random() * 0.6 * strength if rng.random() < 0.5 else 0.0,
+        noise=rng.random() * 12 * strength,
+        seed=rng.getrandbits(32),
+    )
 
 
 # -----------------------------------------------------------------------------
-# split: a span -> prefix, infix, postfix
+# split: a list of tokens or a string -> prefix, infix, postfix
 
 def split(span, rng, low=0.1, high=0.4):
     """
     Cuts a list of tokens or a string into prefix, infix and postfix, none of them empty. The infix is a share
-    r ~ U(low, high) of the span and starts at a uniformly random place: the recipe of text-only VLM pretraining.
+    r ~ U(low, high) of the span and its start is uniformly random: the recipe of text-only VLM pretraining.
     Raises ValueError if the span has fewer than three elements or the ratios are not 0 < low <= high < 1.
     """
     if not 0 < low <= high < 1:
         raise ValueError(f'the infix ratio must satisfy 0 < low <= high < 1, got {low} and {high}')
     if len(span) < 3:
         raise ValueError(f'a span of {len(span)} is too short to be split into prefix, infix and postfix')
-    length = min(len(span) - 2, max(1, round(len(span) * rng.uniform(low, high))))
-    start = rng.randint(1, len(span) - length - 1)
-    return span[:start], span[start:start + length], span[start + length:]
+    longest = len(span) - 2
+    length = min(longest, max(1, round(len(span) * rng.uniform(low, high))))
+    start = rng.randint(1, longest - length + 1)
+    end = start + length
+    return span[:start], span[start:end], span[end:]
 
 
 # -----------------------------------------------------------------------------
-# contact_sheet: what a run looks like
+# shapes: images of 64 x 64 pixels and questions about them
 
-GREEN, RED, GREY = (0, 110, 40), (190, 20, 20), (60, 60, 60)
+SHAPES = ('circle', 'square', 'triangle', 'cross')
+COLORS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (245, 210, 40),
+          'purple': (150, 60, 190), 'black': (20, 20, 20)}
+QUARTERS = ('top left', 'top right', 'bottom left', 'bottom right')
+FACTS = [('How many sides has a triangle?', '3'), ('How many sides has a square?', '4'), ('Which shape is round?', 'circle'),
+         ('How many corners has a triangle?', '3'), ('Which color do blue and yellow make?', 'green'),
+         ('Which color do red and blue make?', 'purple'), ('Is a circle round?', 'yes'), ('Is a square round?', 'no')]
 
 
-def contact_sheet(images, captions, right=None, columns=4, cell=400, font_size=15, caption_lines=6):
+def random_shapes(rng, count, half=32):
+    """`count` shapes (shape, color, quarter, x, y, radius), each in a quarter of its own."""
+    shapes = []
+    for quarter in rng.sample(range(4), count):
+        radius = rng.randint(9, 14)
+        x = rng.randint(radius + 1, half - radius - 1) + quarter % 2 * half
+        y = rng.randint(radius + 1, half - radius - 1) + quarter // 2 * half
+        shapes.append((rng.choice(SHAPES), rng.choice(list(COLORS)), QUARTERS[quarter], x, y, radius))
+    return shapes
+
+
+def draw_shapes(shapes, size=64, oversampling=4):
+    """The shapes on white, drawn larger and scaled down, so that their edges are smooth."""
+    image = Image.new('RGB', (oversampling * size, oversampling * size), 'white')
+    pen = ImageDraw.Draw(image)
+    for shape, color, _, *geometry in shapes:
+        x, y, r = (oversampling * value for value in geometry)
+        fill = COLORS[color]
+        if shape == 'circle':
+            pen.ellipse((x - r, y - r, x + r, y + r), fill)
+        elif shape == 'square':
+            pen.rectangle((x - r, y - r, x + r, y + r), fill)
+        elif shape == 'triangle':
+            pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill)
+        else:
+            pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
+            pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
+    return image.resize((size, size), Image.Resampling.BOX)
+
+
+def shapes_example(rng, new_image, held_out):
     """
-    One RGB picture with all images in a grid, each with its caption below.
+    (images, each a list of shapes as new_image(rng, count) gives them; turns, each a question and its answer). Many training
+    conversations are or end in a description, which needs everything in the image. Only the last answer of a held-out one
+    is scored: there a description stands alone, and every type of question comes last.
+    """
+    dice = rng.random()
+    if dice < 0.05:
+        return [], rng.sample(FACTS, 4)
+    if dice < 0.85:
+        shapes = new_image(rng, rng.randint(1, 2))
+        in_order = sorted(shapes, key=lambda shape: QUARTERS.index(shape[2]))
+        answer = ', '.join(f'a {color} {shape} {quarter}' for shape, color, quarter, *_ in in_order)
+        description = ('Describe the image.', answer)
+        if dice < (0.15 if held_out else 0.25):
+            return [shapes], [description]
+        questions = [shapes_question(shapes, rng) for _ in range(rng.randint(1, 3 if held_out else 5))]
+        turns = list(dict.fromkeys(questions))  # none twice
+        return [shapes], turns + [description] if dice < 0.45 and not held_out else turns
+    images = [new_image(rng, count) for count in rng.sample((1, 2), 2)]
+    turns = [('Which image has more shapes?', 'the first' if len(images[0]) > len(images[1]) else 'the second')]
+    for _ in range(2):
+        number = rng.randrange(2)
+        question, answer = shapes_question(images[number], rng)
+        turns.append((f'In the {("first", "second")[number]} image: {question}', answer))
+    turns = list(dict.fromkeys(turns))
+    return images, rng.sample(turns, len(turns))[:rng.randint(1, 3)]
+
+
+def shapes_question(shapes, rng):
+    """A question that has one correct answer, and the answer."""
+    names = [shape[0] for shape in shapes]
+    colors = [shape[1] for shape in shapes]
+    pairs = [shape[:2] for shape in shapes]
+    while True:
+        topic = rng.choice(('color', 'shape', 'yes or no', 'count', 'position'))
+        name, color, quarter, *_ = rng.choice(shapes)
+        if topic == 'color' and names.count(name) == 1:
+            return f'What color is the {name}?', color
+        if topic == 'shape' and colors.count(color) == 1:
+            return f'What is the {color} shape?', name
+        if topic == 'yes or no':
+            if rng.random() < 0.5:
+                return f'Is there a {color} {name}?', 'yes'
+            # half correct, so that neither color nor shape alone gives the answer
+            other = rng.choice([(name, rng.choice(list(COLORS))), (rng.choice(SHAPES), color)])
+            if other not in pairs:
+                return f'Is there a {other[1]} {other[0]}?', 'no'
+        if topic == 'count':
+            word = rng.choice(('', name, color, rng.choice(SHAPES), rng.choice(list(COLORS))))
+            answer = names.count(word) + colors.count(word) if word else len(shapes)
+            return f'How many {word + "s" if word in SHAPES else (word + " shapes").strip()} are there?', str(answer)
+        if topic == 'position' and pairs.count((name, color)) == 1:
+            return f'Where is the {color} {name}?', quarter
+
+
+# -----------------------------------------------------------------------------
+# sheets: one image that shows what a run does
+
+GREEN = (0, 110, 40)
+RED = (190, 20, 20)
+GRAY = (60, 60, 60)
+FRAME = (200, 200, 200)
+MARGIN = 8             # pixels between the tiles of a sheet
+
+
+def contact_sheet(images, captions, correct=None, cell=400):
+    """
+    One RGB image with all images in a grid of four columns, each above its caption.
 
     images    PIL images; larger ones are scaled down to `cell` pixels of width, small ones drawn twice as large
-    captions  one string each; wrapped, and cut with an ellipsis after caption_lines lines
-    right     one bool or None each: the caption is green, red or grey; None for all grey
+    captions  one string each; wrapped, and cut after six lines
+    correct   one bool or None each: the caption is green, red or gray; None for all gray
     """
     if not images or len(images) != len(captions):
         raise ValueError(f'a contact sheet needs as many captions as images, got {len(images)} and {len(captions)}')
-    right = [None] * len(images) if right is None else right
-    font, margin, pitch = load_font('', font_size), 8, round(font_size * 1.3)
-    columns = min(columns, len(images))
-    tiles = []
-    for image, caption, ok in zip(images, captions, right):
-        image = image.convert('RGB')
-        scale = cell / image.width
-        scale = min(int(scale), 2) if scale >= 1 else scale
-        size = max(1, round(image.width * scale)), max(1, min(2 * cell, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
-        lines = wrap(caption, font, cell)
-        if len(lines) > caption_lines:
-            lines = lines[:caption_lines - 1] + ['…']
-        tile = Image.new('RGB', (cell, image.height + 4 + pitch * len(lines)), (255, 255, 255))
-        tile.paste(image, (0, 0))
-        pen = ImageDraw.Draw(tile)
-        pen.rectangle((0, 0, image.width - 1, image.height - 1), outline=(200, 200, 200))
-        for i, line in enumerate(lines):
-            pen.text((0, image.height + 2 + i * pitch), line, font=font, fill=GREY if ok is None else GREEN if ok else RED)
-        tiles.append(tile)
+    colors = {True: GREEN, False: RED, None: GRAY}
+    answers = zip(images, captions, correct or [None] * len(images))
+    tiles = [captioned_tile(image, caption, colors[answer], cell) for image, caption, answer in answers]
+    columns = min(4, len(tiles))
     rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in row) for row in rows]
-    sheet = Image.new('RGB', (columns * (cell + margin) + margin, sum(heights) + margin * (len(rows) + 1)), (255,) * 3)
-    y = margin
+    sheet_width = MARGIN + columns * (cell + MARGIN)
+    sheet_height = MARGIN + sum(height + MARGIN for height in heights)
+    sheet = Image.new('RGB', (sheet_width, sheet_height), 'white')
+    y = MARGIN
     for row, height in zip(rows, heights):
         for j, tile in enumerate(row):
-            sheet.paste(tile, (margin + j * (cell + margin), y))
-        y += height + margin
+            sheet.paste(tile, (MARGIN + j * (cell + MARGIN), y))
+        y += height + MARGIN
     return sheet
 
 
-def similarity_grid(images, captions, values, cell=110, font_size=13):
+def captioned_tile(image, caption, color, cell):
+    """An image of `cell` pixels of width: the image, scaled and framed, and below it the caption, at most six lines."""
+    scale = cell / image.width
+    resample = Image.LANCZOS
+    if scale >= 1:  # whole multiples stay sharp
+        scale = min(int(scale), 2)
+        resample = Image.NEAREST
+    width = round(image.width * scale)
+    height = min(2 * cell, max(1, round(image.height * scale)))
+    image = image.convert('RGB').resize((width, height), resample)
+    face = load_font('', 15)
+    pitch = 20
+    lines = wrap(caption, face, cell)
+    if len(lines) > 6:
+        lines = lines[:5] + ['…']
+    tile = Image.new('RGB', (cell, height + 4 + pitch * len(lines)), 'white')
+    paste_framed(tile, image, 0, 0)
+    draw_lines(tile, lines, 0, height + 2, face, pitch, color)
+    return tile
+
+
+def paste_framed(sheet, image, x, y):
+    """Pastes the image at (x, y), with a thin frame on its outermost pixels."""
+    sheet.paste(image, (x, y))
+    box = x, y, x + image.width - 1, y + image.height - 1
+    ImageDraw.Draw(sheet).rectangle(box, outline=FRAME)
+
+
+def similarity_grid(images, captions, values, cell=110):
     """
-    Images as columns, captions as rows, values[row][column] (-1 to 1) written in the cells, the greener the larger; a frame
-    around the largest of each row. Returns an RGB picture.
+    Images as columns, captions as rows, values[row][column] (-1 to 1) in the cells, the greener the larger; a frame
+    marks the largest of each row. Returns an RGB image.
     """
-    font, left = load_font('', font_size), 2 * cell
-    wrapped = [wrap(caption, font, left - 10)[:4] for caption in captions]
-    thumbs = [ImageOps.contain(image.convert('RGB'), (cell - 6, cell - 6)) for image in images]
-    top, pitch = max(t.height for t in thumbs) + 12, round(font_size * 1.3)
+    face = load_font('', 13)
+    pitch = 17
+    left = 2 * cell  # width of the captions
+    wrapped = [wrap(caption, face, left - 10)[:4] for caption in captions]
+    thumbnails = [ImageOps.contain(image.convert('RGB'), (cell - 6, cell - 6)) for image in images]
+    top = max(thumbnail.height for thumbnail in thumbnails) + 12
     heights = [max(34, pitch * len(lines) + 8) for lines in wrapped]
     sheet = Image.new('RGB', (left + cell * len(images) + 8, top + sum(heights) + 8), 'white')
+    for j, thumbnail in enumerate(thumbnails):
+        sheet.paste(thumbnail, (left + j * cell + (cell - thumbnail.width) // 2, 6))
+    low = min(map(min, values))
+    high = max(map(max, values))
     pen = ImageDraw.Draw(sheet)
-    for j, thumb in enumerate(thumbs):
-        sheet.paste(thumb, (left + j * cell + (cell - thumb.width) // 2, 6))
-    low, high = min(map(min, values)), max(map(max, values))
     y = top
     for lines, row, height in zip(wrapped, values, heights):
-        for k, line in enumerate(lines):
-            pen.text((6, y + 3 + k * pitch), line, font=font, fill='black')
+        draw_lines(sheet, lines, 6, y + 3, face, pitch)
         for j, value in enumerate(row):
-            box = left + j * cell + 2, y + 2, left + (j + 1) * cell - 3, y + height - 3
             share = (value - low) / (high - low or 1)
             pale = round(255 - 150 * share)
-            pen.rectangle(box, fill=(pale, 255 - round(40 * share), pale), outline='black' if value == max(row) else None)
-            pen.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), f'{value:.2f}', font=font, fill='black', anchor='mm')
+            fill = pale, 255 - round(40 * share), pale
+            frame = 'black' if value == max(row) else None
+            x = left + j * cell
+            pen.rectangle((x + 2, y + 2, x + cell - 3, y + height - 3), fill, frame)
+            pen.text((x + cell / 2 - 0.5, y + height / 2 - 0.5), f'{value:.2f}', 'black', face, anchor='mm')
         y += height
     return sheet
 
 
-def token_sheet(images, tokens, width=720, size=14, height=160):
+TOKEN_FILLS = {'in_loss': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
+TOKEN_CODES = {'in_loss': '30;42', 'image': '30;44', 'special': '2', 'given': '0'}  # of ANSI terminals
+
+
+def token_sheet(images, tokens):
     """
-    Images side by side and, below them, a sequence of (text, kind) tokens, each in its box: green what is 'learnt', blue
-    an 'image', grey what is 'special', white what is 'given'.
+    The images in a row and, below them, a sequence of (text, type) tokens, each in its box: green for 'in_loss', blue
+    for 'image', gray for 'special', white for 'given'. Returns an RGB image.
     """
-    font, fills = load_font('', size), {'learnt': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
-    boxes, x, y = [], 8, 8
-    for text, kind in tokens:
+    face = load_font('', 14)
+    line_width = 720
+    image_height = 160
+    thumbnails = []
+    x = MARGIN
+    for image in images:
+        width = max(1, round(image.width * image_height / image.height))
+        thumbnails.append((x, image.resize((width, image_height))))
+        x += width + MARGIN
+    sheet_width = max(line_width, x)
+    boxes = []
+    x = MARGIN
+    y = MARGIN
+    if images:
+        y += image_height + 2 * MARGIN
+    for text, token_type in tokens:
         text = text.replace('\n', '\\n') or '\u00b7'
         text = ''.join(c if has_glyph(c) else '?' for c in text)
-        wide = max(4, math.ceil(font.getlength(text))) + 3
-        if x + wide > width - 8 and x > 8:
-            x, y = 8, y + round(1.7 * size)
-        boxes.append((x, y, wide, text, fills[kind]))
-        x += wide + 1
-    thumbnails = [image.resize((max(1, round(image.width * height / image.height)), height)) for image in images]
-    top = height + 16 if images else 0
-    sheet = Image.new('RGB', (max(width, 8 + sum(t.width + 8 for t in thumbnails)), top + y + 2 * size), 'white')
-    pen, left = ImageDraw.Draw(sheet), 8
-    for thumbnail in thumbnails:
-        sheet.paste(thumbnail, (left, 8))
-        pen.rectangle((left, 8, left + thumbnail.width - 1, 7 + height), outline=(200, 200, 200))
-        left += thumbnail.width + 8
-    for x, y, wide, text, fill in boxes:
-        pen.rectangle((x, top + y, x + wide, top + y + round(1.5 * size)), fill)
-        pen.text((x + 2, top + y + 2), text, fill='black', font=font)
+        width = max(4, math.ceil(face.getlength(text))) + 3
+        if x > MARGIN and x + width > line_width - MARGIN:
+            x = MARGIN
+            y += 24
+        boxes.append((x, y, width, text, TOKEN_FILLS[token_type]))
+        x += width + 1
+    sheet = Image.new('RGB', (sheet_width, y + 28), 'white')
+    for x, thumbnail in thumbnails:
+        paste_framed(sheet, thumbnail, x, MARGIN)
+    pen = ImageDraw.Draw(sheet)
+    for x, y, width, text, fill in boxes:
+        pen.rectangle((x, y, x + width, y + 21), fill)
+        pen.text((x + 2, y + 2), text, 'black', face)
     return sheet
 
 
-def coloured(tokens, ansi=True):
-    """The same tokens as a terminal shows them; without colours, what is learnt stands in double brackets."""
-    codes, out = {'learnt': '30;42', 'image': '30;44', 'special': '2', 'given': '0'}, ''
-    for kind, group in itertools.groupby(tokens, key=lambda token: token[1]):
+def colorize(tokens, ansi=True):
+    """The same tokens as a string for a terminal, in colors or with those in the loss in double brackets."""
+    out = ''
+    for token_type, group in itertools.groupby(tokens, key=lambda token: token[1]):
         text = ''.join(text for text, _ in group)
-        out += f'\x1b[{codes[kind]}m{text}\x1b[0m' if ansi else f'[[{text}]]' if kind == 'learnt' else text
+        if ansi:
+            text = f'\x1b[{TOKEN_CODES[token_type]}m{text}\x1b[0m'
+        elif token_type == 'in_loss':
+            text = f'[[{text}]]'
+        out += text
     return out
 
 
 # -----------------------------------------------------------------------------
 # python render.py "some text" --out x.png
 
-out = 'render.png'  # file to write
-width = 512         # box, in pixels: the quickstart's
-height = 24
-trim = True         # cut the picture to the width of the text
-font = ''           # .ttf/.otf file or a folder of them; '' is Pillow's built-in font
-distort = 0.0       # strength of the random colours, place, rotation, blur and noise, 0 to 1
-seed = 1337
+def draw_file(
+    text,
+    out='render.png',  # file to write
+    width=512,         # pixels of the box; the quickstart's
+    height=24,         # pixels of the box
+    trim=True,         # cut the image to the width of the text
+    font='',           # a .ttf/.otf file or a folder of them; '' is Pillow's built-in font
+    distort=0.0,       # strength of the random colors, position, rotation, blur and noise, 0 to 1
+    seed=1337,         # of these, and of the font of a folder
+):
+    """python render.py "some text" --out x.png draws the text into a file, as a model gets it."""
+    rng = random.Random(seed)
+    font = rng.choice(list_fonts(font))
+    missing = set(text) - set(strip_unsupported(text, font))
+    if missing:
+        print(f'the font has no glyph for {sorted(missing)}: drawn as boxes', file=sys.stderr)
+    image = draw(text, width, height, font, trim=trim, **augmentation(rng, distort))
+    image.save(out)
+    print(f'{out}: {image.width}x{image.height} pixels', file=sys.stderr)
 
 
 def main():
-    from configurator import configure  # only the command line needs it: the functions above stand alone
-    if len(sys.argv) < 2 or sys.argv[1].startswith('--') and sys.argv[1] != '--help':
+    from configurator import call_with_knobs  # only the command line needs it
+    words = sys.argv[1:] or ['--']
+    if words[0] == '--help':
+        words.append('--help')
+    elif words[0].startswith('--'):
         raise ValueError('expected the text first: python render.py "some text" --out x.png')
-    text = sys.argv[1]
-    configure(globals(), ['--help'] if text == '--help' else sys.argv[2:])
-    rng = random.Random(seed)
-    face = rng.choice(list_fonts(font))
-    missing = sorted({c for c in text if not has_glyph(c, face)})
-    if missing:
-        print(f'the font has no glyph for {" ".join(map(repr, missing))}: drawn as boxes', file=sys.stderr)
-    extra = augmentation(rng, distort)
-    image = draw(text, width, height, face, trim=trim, **extra)
-    image.save(out)
-    print(f'{out}: {image.width}x{image.height} pixels', file=sys.stderr)
+    call_with_knobs(draw_file, words[1:], words[0])
 
 
 if __name__ == '__main__':

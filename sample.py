@@ -1,24 +1,24 @@
 """
-What you do with a trained model: ask it, chat with it, score it. The answer alone goes to stdout, the rest to stderr.
+What you do with a trained model: ask, chat, evaluate. The answer goes to stdout, everything else to stderr.
 
-    $ python sample.py --out_dir=out/quickstart --image line.png             # read a picture
-    $ python sample.py --image a.png b.png --prompt "What has changed?"      # several images, a question
-    $ python sample.py --image a.png --interactive                           # a conversation
-    $ python sample.py --image photos/ --prompt "Describe the image."        # every image of a folder, to a CSV
-    $ python sample.py --image a.png --logprobs                              # how sure is it, and of which words not?
-    $ python sample.py --out_dir=out/text_bytes --prompt "The with statement" --temperature=0.8 --num_samples=3
-    $ python sample.py --eval=data/mine/val.jsonl                            # greedy CER and exact match, CSV, pictures
-    $ python sample.py --eval=coco_captions                                  # captions: BLEU-4, ROUGE-L and CIDEr-D, too
-    $ python sample.py --out_dir=out/qformer_cpu --eval=pydoc                # of an Aligner: recall, and a similarity grid
-    $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --interactive     # a text model, as it is
-    $ python sample.py --out_dir=out/mine --export=DIR                       # safetensors, the text part for transformers
+    $ python sample.py --image line.png                                  # the newest run under out/
+    $ python sample.py --image a.png b.png --prompt "What has changed?"  # several images, a question
+    $ python sample.py --image a.png --interactive                       # a conversation
+    $ python sample.py --image photos/ --prompt "Describe the image."    # every image of a folder, to a CSV
+    $ python sample.py --image a.png --logprobs                          # which words is it not confident of?
+    $ python sample.py --out_dir=out/text_bytes --prompt "The with statement" --num_samples=3
+    $ python sample.py --eval=data/mine/val.jsonl                        # losses, greedy CER and exact match
+    $ python sample.py --eval=coco_captions                              # captions: also BLEU-4, CIDEr-D
+    $ python sample.py --out_dir=out/qformer_cpu --eval=pydoc            # a Q-Former's first stage: recall
+    $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --interactive  # a text model, as it is
+    $ python sample.py --out_dir=out/mine --export=DIR                   # weights for other programs
 """
 
 import csv
-import functools
+import glob
+import itertools
 import json
 import math
-import operator
 import os
 import re
 import shutil
@@ -27,513 +27,714 @@ from collections import Counter
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
+from PIL import Image
+from rapidfuzz.distance import LCSseq, Levenshtein
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import render
-import vision
 from configurator import configure, run
-from model import GPT, GPT2, Aligner, load_checkpoint, to_hugging_face
-from prepare_data import (ASSISTANT, IM_START, IMAGE, Examples, JsonLines, caption_ids, collate, decode, drawable_ids,
-                          end_tokens, get_tokenizer, held_out_examples, load_image, look, reference, text_length, tokenize,
-                          tokenizer_files)
+from model import build_model, read_weights, to_hugging_face
+from prepare_data import (ASSISTANT, IMAGE, Examples, FileRows, collate, get_tokenizer, held_out_examples,
+                          load_image, open_rows, parse_tasks, reference, tokenize, until_end)
+from vision import QFormerPretraining
 
 # -----------------------------------------------------------------------------
-init_from = 'resume'     # out_dir's checkpoint; or a text model of Hugging Face's, by name or folder, as in train.py
-out_dir = 'out'          # where train.py has left its checkpoint
+init_from = 'resume'     # out_dir's checkpoint; or, as in train.py, a checkpoint's path or a published model
+out_dir = ''             # the folder of a run; '' takes the run under out/ with the newest checkpoint
 checkpoint = 'ckpt.pt'   # or ckpt_best.pt, or the glimpse.safetensors of an export
-image = ()               # one or more image files, or one folder: each of its images is asked about
-prompt = ''              # the question; <image> in it says where the images stand, else they stand first
+image = ()               # image files, or one folder: the prompt is asked about each image of it
+prompt = ''              # the question; <image> in it marks where the images stand, else they come first
 interactive = False      # a conversation: every line you type is a turn, an empty one ends it
 num_samples = 1          # number of answers
-max_new_tokens = 256     # an answer ends after as many tokens, if the model does not end it
-temperature = 0.0        # 0 is greedy, 1 draws from the model's own probabilities
-top_k = 0                # draw from the k likeliest tokens only; 0 for all
-top_p = 1.0              # draw from the likeliest tokens that hold this probability; 1 for all
+max_new_tokens = 256     # an answer has at most as many tokens
+temperature = 0.0        # 0 is greedy, 1 samples from the model's own probabilities
+top_k = 0                # sample from the k most likely tokens only; 0 for all
+top_p = 1.0              # sample from the most likely tokens that hold this probability; 1 for all
 seed = 1337
-logprobs = False         # mark each word that the model gave less than half the probability: [word?]
-chat = 'auto'            # yes: the prompt is a turn of a conversation; no: a text to go on with; auto: as it was trained
-eval = ''                # a .jsonl file or dataset: score its answers instead
-eval_samples = 512       # score at most as many
-batch_size = 64          # of the evaluation
-export = ''              # a new folder to write the model to: the text part for Hugging Face's classes, and all of it
-device = ''              # cuda, mps or cpu; '' finds out by itself
+logprobs = False         # mark each word to which the model gave less than half the probability: [word?]
+chat = 'auto'            # yes: the prompt is a turn; no: it is a text to continue; auto: as in training
+eval = ''                # a .jsonl file or a dataset: evaluate the model on it, as train.py does
+eval_samples = 512       # examples to answer, or images and captions to compare, in an evaluation
+batch_size = 0           # examples at a time, in an evaluation or a folder; 0: as in training
+export = ''              # a new folder to write the model to
+device = ''              # cuda, mps or cpu; '' takes the best that is there
 dtype = ''               # float32, bfloat16 or float16; '' takes bfloat16 on CUDA, else float32
 tokenizer = ''           # as in train.py; '' takes the checkpoint's
-vision_encoder = ''      # where a frozen encoder's weights are now, if the file they came from has moved
+vision_encoder = ''      # where a pretrained encoder's weights are now, if their file has moved
 # -----------------------------------------------------------------------------
 
 
 def find_device():
     """'cuda', 'mps' or 'cpu': the best that this machine has."""
-    return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
-def answer(model, tokenizer, examples, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, generator=None,
-           features=None, return_logprobs=False):
+def to_device(batch, where):
+    """A collated batch with its tensors on the device `where`."""
+    move = lambda tensor: tensor.to(where, non_blocking=True)
+    moved = {name: move(batch[name]) for name in ('idx', 'targets', 'lengths')}
+    return {**moved, 'images': batch['images'] and tuple(map(move, batch['images']))}
+
+
+def answer(model, enc, examples, cache=None, return_logprobs=False, **generation):
     """
-    The model's answers, a list of str, to a batch of examples: conversations up to their last answer, which the model
-    does not see, or texts to go on with. Greedy unless temperature > 0. An answer does not depend on its neighbours.
-    With return_logprobs each is (answer, its mean log-probability a token in nats, the answer with doubtful words marked).
+    Answers, a list of str, to a batch of examples: conversations, whose last answer the model is not given, or texts
+    to continue. Greedy, unless `generation`, the keyword arguments of model.generate, has a temperature. An answer does
+    not depend on the rest of the batch. With return_logprobs each is (answer, its mean log-probability per token in
+    nats, the answer with low-confidence words marked).
     """
-    device = model.lm_head.weight.device
-    batch = collate([tokenize(e, tokenizer, model.config, prompt_only=True, features=features) for e in examples], model.config)
-    images = tuple(t.to(device) for t in batch['images']) if any(e.get('images') for e in examples) else None
-    out = model.generate(batch['idx'].to(device), max_new_tokens, temperature, top_k, top_p, images, batch['lengths'],
-                         end_token=end_tokens(tokenizer), generator=generator, return_logprobs=return_logprobs,
-                         allowed=drawable_ids(tokenizer, model.config.vocab_size).to(device))
-    tokens, sure = out if return_logprobs else (out, out)
-    rows = [(row[n:].tolist(), p[n:].tolist()) for row, p, n in zip(tokens, sure, batch['lengths'])]
-    if not return_logprobs:
-        return [decode(tokenizer, ids) for ids, _ in rows]
+    config = model.config
+    prompts = [tokenize(e, enc, config, prompt_only=True, cache=cache) for e in examples]
+    batch = to_device(collate(prompts, config), model.lm_head.weight.device)
+    has_images = any(e.get('images') for e in examples)
+    out, token_logprobs = model.generate(
+        batch['idx'], **{'temperature': 0.0, **generation}, lengths=batch['lengths'], stop_ids=enc.end_ids,
+        images=batch['images'] if has_images else None, return_logprobs=True,
+        allowed=enc.allowed_ids(config.vocab_size).to(batch['idx'].device))
     answers = []
-    for ids, p in rows:
-        n = text_length(tokenizer, ids)
-        drawn = p[:n + 1]  # that it ended there is part of the answer, too
-        answers.append((decode(tokenizer, ids), sum(drawn) / max(1, len(drawn)), mark_doubts(tokenizer, ids[:n], p)))
+    for row, p, length in zip(out.tolist(), token_logprobs.tolist(), batch['lengths'].tolist()):
+        ids = until_end(enc, row[length:])
+        text = enc.decode(ids)
+        if return_logprobs:
+            p = p[length:length + len(ids) + 1]  # that it ends there is part of the answer, too
+            text = text, sum(p) / max(1, len(p)), mark_low_confidence(enc, ids, p)
+        answers.append(text)
     return answers
 
 
-def mark_doubts(tokenizer, ids, logprobs, least=0.5):
-    """The text with every word in [brackets?] of which a token had a probability below `least`: better look there."""
-    starts, text = [], b''  # in bytes, because a token may be less than a character
-    for i in ids:
-        starts.append(len(text))
-        text += tokenizer.decode_single_token_bytes(i)
-    out, last = b'', 0
-    for word in re.finditer(rb'\S+', text):
-        doubtful = any(math.exp(p) < least and start < word.end() and end > word.start()
-                       for start, end, p in zip(starts, [*starts[1:], len(text)], logprobs))
-        out += text[last:word.start()] + (b'[' + word[0] + b'?]' if doubtful else word[0])
-        last = word.end()
-    return (out + text[last:]).decode(errors='replace')
+def mark_low_confidence(enc, ids, token_logprobs, threshold=0.5):
+    """The text with each word in [brackets?] of which a token had a probability below `threshold`."""
+    doubtful = set()  # positions of characters
+    for i, p in enumerate(token_logprobs):
+        if math.exp(p) < threshold:
+            # a token may be a part of a character, which is decoded as U+FFFD until it is complete
+            start = len(enc.decode(ids[:i]).rstrip('\ufffd'))
+            doubtful.update(range(start, len(enc.decode(ids[:i + 1]))))
+    mark = lambda word: word[0] if doubtful.isdisjoint(range(*word.span())) else f'[{word[0]}?]'
+    return re.sub(r'\S+', mark, enc.decode(ids))
 
 
-def edit_distance(a, b):
-    """Levenshtein: the least number of characters to insert, delete or replace to make b of a."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(last[j] + 1, row[j - 1] + 1, last[j - 1] + (x != y)))
-    return row[-1]
-
+# -----------------------------------------------------------------------------
+# scores of answers
 
 def score(predictions, references):
     """
-    {'cer': edits per character of all references together, 'exact': share of predictions without any edit}. Unlike
-    a precision over sets of words, the character error rate does not reward a short or a fluent wrong answer.
+    {'cer': edits per character of all references together, 'exact': share of predictions without any edit}. Unlike a
+    precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
-    edits = [edit_distance(p, r) for p, r in zip(predictions, references)]
-    return {'cer': sum(edits) / max(1, sum(map(len, references))), 'exact': edits.count(0) / max(1, len(edits))}
+    edits = [Levenshtein.distance(p, r) for p, r in zip(predictions, references)]
+    n_chars = sum(map(len, references))
+    return {'cer': sum(edits) / max(1, n_chars), 'exact': edits.count(0) / max(1, len(edits))}
 
 
-# captions, of which several may be right: what the field reports, as pycocoevalcap computes it
+def score_captions(predictions, examples):
+    """BLEU-4, ROUGE-L and CIDEr-D of examples with "references", as pycocoevalcap computes them."""
+    words = [caption_words(p) for p in predictions]
+    references = [[caption_words(r) for r in e['references']] for e in examples]
+    metrics = {'bleu4': bleu, 'rouge_l': rouge_l, 'cider_d': cider_d}
+    return {name: metric(words, references) for name, metric in metrics.items()}
+
 
 def caption_words(text):
-    """Lower case, without punctuation. (The field's tokenizer, the Penn Treebank's, is in Java; it tears "don't" in two.)"""
+    """Lower case, without punctuation. The usual tokenizer, the Penn Treebank's, is in Java."""
     return re.findall(r"\w+(?:['’]\w+)?", text.lower())
 
 
 def ngrams(words, n):
-    """{n words behind one another: how often}"""
+    """{n consecutive words: how often they occur}"""
     return Counter(zip(*(words[i:] for i in range(n))))
 
 
 def bleu(predictions, references):
     """
-    BLEU-4 of all predictions together, each a list of words; references: several such lists for each. The geometric mean of
-    four precisions (of an n-gram no more counts than one reference has), and a penalty if they are shorter than the
-    references nearest in length, https://aclanthology.org/P02-1040.
+    BLEU-4 of all predictions (lists of words), with several references each: the geometric mean of four precisions (an
+    n-gram counts at most as often as in one reference), and a penalty if the predictions are shorter than the
+    references closest in length, https://aclanthology.org/P02-1040.
     """
-    right, made, length, wanted = [0] * 4, [0] * 4, 0, 0
+    length = sum(map(len, predictions))
+    closest_length, precision = 0, 1.0
     for words, refs in zip(predictions, references):
-        length += len(words)
-        wanted += min((abs(len(r) - len(words)), len(r)) for r in refs)[1]
-        for n in range(4):
-            most = functools.reduce(operator.or_, (ngrams(r, n + 1) for r in refs))  # of Counters: the larger counts
-            right[n] += (ngrams(words, n + 1) & most).total()
-            made[n] += max(0, len(words) - n)
-    # the small numbers are pycocoevalcap's: nothing right is not quite 0
-    precision = math.prod((r + 1e-15) / (m + 1e-9) for r, m in zip(right, made)) ** 0.25
-    return precision * min(1.0, math.exp(1 - (wanted + 1e-9) / (length + 1e-15)))
+        closest_length += min((abs(len(r) - len(words)), len(r)) for r in refs)[1]
+    for n in range(1, 5):
+        matched, total = 0, 0
+        for words, refs in zip(predictions, references):
+            allowed = Counter()
+            for ref in refs:
+                allowed |= ngrams(ref, n)  # the larger of two counts
+            matched += (ngrams(words, n) & allowed).total()
+            total += max(0, len(words) - n + 1)
+        precision *= (matched + 1e-15) / (total + 1e-9)  # pycocoevalcap's small numbers
+    return precision ** 0.25 * min(1.0, math.exp(1 - (closest_length + 1e-9) / (length + 1e-15)))
 
 
 def rouge_l(predictions, references):
     """
-    Mean ROUGE-L: the F-score (beta 1.2) of the longest common subsequence of words, of the references the best precision
-    and the best recall, https://aclanthology.org/W04-1013.
+    Mean ROUGE-L: the F-score (beta 1.2) of the longest common subsequence of words; of several references the
+    best precision and the best recall, https://aclanthology.org/W04-1013.
     """
-    scores = []
+    total = 0.0
     for words, refs in zip(predictions, references):
-        common = [len(words) + len(r) - indel_distance(words, r) for r in refs]  # twice the subsequence
-        p = max(c / 2 / max(1, len(words)) for c in common)
-        r = max(c / 2 / max(1, len(ref)) for c, ref in zip(common, refs))
-        scores.append((1 + 1.2**2) * p * r / (r + 1.2**2 * p) if p and r else 0.0)
-    return sum(scores) / len(scores)
-
-
-def indel_distance(a, b):
-    """The least number of items to insert or delete to make b of a."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(last[j - 1] if x == y else 1 + min(last[j], row[j - 1]))
-    return row[-1]
+        common = [LCSseq.similarity(words, ref) for ref in refs]
+        p = max(common) / max(1, len(words))
+        r = max(c / max(1, len(ref)) for c, ref in zip(common, refs))
+        total += (1 + 1.2**2) * p * r / (r + 1.2**2 * p) if p and r else 0.0
+    return total / len(predictions)
 
 
 def cider_d(predictions, references):
     """
-    Mean CIDEr-D: the cosine of n-gram counts (n = 1 to 4), rare n-grams weighing more, counts clipped at the reference's, and
-    a penalty for another length, times 10, https://arxiv.org/abs/1411.5726. What is rare, the references of all images say:
-    on a handful of images, or on one, it means nothing.
+    Mean CIDEr-D: 10 times the cosine of n-gram counts (n = 1 to 4), weighted by how rare an n-gram is in the
+    references of all images, with counts clipped at the reference's and a penalty for another length,
+    https://arxiv.org/abs/1411.5726. On a handful of images it has no meaning.
     """
-    found = Counter()  # in the references of how many images
+    n_images = Counter()  # in the references of how many images an n-gram occurs
     for refs in references:
-        found.update({g for r in refs for n in range(4) for g in ngrams(r, n + 1)})
-    images = math.log(len(references))
+        n_images.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
 
-    def weigh(words):
-        """For each n: {n-gram: its count times its rarity}, and the length of that vector."""
-        vectors = [{g: c * (images - math.log(max(1, found[g]))) for g, c in ngrams(words, n + 1).items()} for n in range(4)]
-        return [(v, math.sqrt(sum(x * x for x in v.values()))) for v in vectors]
+    def tfidf(words, n):
+        """{n-gram: its count times its rarity}"""
+        rarity = lambda gram: math.log(len(references) / max(1, n_images[gram]))
+        return {gram: count * rarity(gram) for gram, count in ngrams(words, n).items()}
 
     scores = []
     for words, refs in zip(predictions, references):
-        mine, total = weigh(words), 0.0
-        for ref in refs:
+        total = 0.0
+        for ref, n in itertools.product(refs, range(1, 5)):
+            a, b = tfidf(words, n), tfidf(ref, n)
+            dot = sum(min(x, b[gram]) * b[gram] for gram, x in a.items() if gram in b)
+            norms = math.hypot(*a.values()) * math.hypot(*b.values())
             # the lengths are counted in pairs of words, as in the authors' code
-            penalty = math.exp(-((max(0, len(words) - 1) - max(0, len(ref) - 1)) ** 2) / (2 * 6.0**2))
-            for (a, size_a), (b, size_b) in zip(mine, weigh(ref)):
-                dot = sum(min(x, b[g]) * b[g] for g, x in a.items() if g in b)
-                total += penalty * (dot / (size_a * size_b) if size_a and size_b else dot)
+            gap = max(0, len(words) - 1) - max(0, len(ref) - 1)
+            total += math.exp(-gap**2 / (2 * 6.0**2)) * dot / (norms or 1)
         scores.append(10 * total / 4 / len(refs))
     return sum(scores) / len(scores)
 
 
-def score_captions(predictions, examples):
-    """BLEU-4, ROUGE-L and CIDEr-D of predictions for examples with "references"."""
-    predictions = [caption_words(p) for p in predictions]
-    references = [[caption_words(r) for r in e['references']] for e in examples]
-    return {'bleu4': bleu(predictions, references), 'rouge_l': rouge_l(predictions, references),
-            'cider_d': cider_d(predictions, references)}
+# -----------------------------------------------------------------------------
+# retrieval: which caption belongs to which image?
+
+def image_caption_pairs(examples, limit):
+    """
+    Up to `limit` examples with one image, their captions (an image may have several, its "references"), and
+    image_index (M,), the image of each caption. Leaves out an example that shares its image or a caption with an
+    earlier one. Raises ValueError for fewer than two images.
+    """
+    kept, captions, image_index, used = [], [], [], set()
+    for example in examples:
+        own = list(dict.fromkeys(example.get('references') or [reference(example).strip()]))
+        images = example.get('images') or []
+        names = {*own, *(source for source in images if isinstance(source, str))}
+        if len(images) == 1 and all(own) and not names & used:
+            used |= names
+            captions += own
+            image_index += [len(kept)] * len(own)
+            kept.append(example)
+        if len(kept) == limit:
+            break
+    if len(kept) < 2:
+        raise ValueError('retrieval needs held-out images with a caption each, and there are fewer than two')
+    return kept, captions, torch.tensor(image_index)
+
+
+def similarity(image_embeds, text_embeds, chunk=16):
+    """
+    Images (N, K, D) and captions (M, D) -> (N, M): the query that is closest to the caption counts. In float32, and
+    in chunks of images: N x K x M would be 16 GB for COCO.
+    """
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        parts = image_embeds.split(chunk)
+        return torch.cat([torch.einsum('nkd,md->nkm', part, text_embeds).amax(1) for part in parts])
+
+
+def recall(scores, image_index):
+    """
+    scores: (N, M) of images and captions; caption j belongs to image image_index[j]. Returns the share of images
+    with a caption of their own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_...), and
+    what guessing would give (chance_r1). Ties count as wrong, so a collapsed model has recall 0.
+    """
+    N, M = scores.shape
+    own = scores[image_index, torch.arange(M)]                                           # (M)
+    best = torch.full((N,), -math.inf).scatter_reduce(0, image_index, own, 'amax')       # (N)
+    n_best = torch.bincount(image_index[own == best[image_index]], minlength=N)          # (N)
+    ahead = {'i2t': (scores >= best[:, None]).sum(1) - n_best, 't2i': (scores >= own).sum(0) - 1}
+    result = {f'{way}_r{k}': (n < k).float().mean().item() for way, n in ahead.items() for k in (1, 5, 10)}
+    return {**result, 'chance_r1': 1 / N}
+
+
+def mean_cosine(image_embeds):
+    """Mean cosine of two images (N, K, D), each the mean of its K embeddings: 1 if the model has collapsed."""
+    N = len(image_embeds)
+    total = torch.nn.functional.normalize(image_embeds.mean(1), dim=-1).sum(0)           # (D)
+    return (total.square().sum().item() - N) / (N * (N - 1))
+
+
+# -----------------------------------------------------------------------------
+# evaluation: the model must prove that it uses the image
+
+class Evaluation:
+    """
+    The held-out examples of a run, and what is measured on them; the ranks share the work.
+
+        val_loss       nats per target token
+        blank_loss     the same with every image white: what the model knows without the images
+        shuffled_loss  the same with the images of other examples: what it does with mismatched images
+        text_loss      plain held-out text; before the first step it is the reference for later ones
+        cer, exact     greedy answers compared with the truth; with "references" also bleu4, rouge_l and cider_d
+        pixels_loss, none_loss, infix_loss, R, R_blank, R_shuffled
+                       of task continuation: the postfix's loss after the image, without the infix, and with it as
+                       text. R is the pixel recovery (none - pixels) / (none - infix): of what the infix tells about
+                       the postfix, the part that came through its pixels
+
+    For a QFormerPretraining: val_loss, the losses that it is the sum of, `recall` and `mean_cosine`.
+
+    config: a namespace with train.py's knobs dataset, text_dataset, tasks, eval_iters, eval_samples, batch_size,
+    loss_on, seed and those of the tasks. held_out: Examples to use instead of the dataset's.
+    """
+
+    def __init__(self, config, enc, model, dist_env, cache=None, held_out=None):
+        self.config = config
+        self.enc = enc
+        self.dist_env = dist_env
+        self.cache = cache
+        tasks = parse_tasks(config.tasks)
+        image_tasks = ' '.join(f'{name}:{weight}' for name, weight in tasks.items() if name != 'text')
+        has_vision = bool(model.config.vision_encoder)
+        used_tasks = image_tasks if image_tasks and has_vision else 'text'
+        held_out = held_out or held_out_examples(config.dataset, config, used_tasks)
+        is_plain = held_out.is_plain_text
+        if is_plain and image_tasks and not has_vision:
+            raise ValueError(f'tasks {config.tasks!r} makes images, but the model has no vision_encoder: '
+                             'set --vision_encoder=vit, or --tasks=text')
+        n_loss = config.eval_iters * config.batch_size
+        limit = max(n_loss, config.eval_samples)
+        examples = (held_out[i] for i in range(4 * limit if is_plain else len(held_out.rows)))
+        self.pairs = None
+        if isinstance(model, QFormerPretraining):
+            self.pairs = image_caption_pairs(examples, config.eval_samples)
+            self.loss_examples = self.pairs[0][:n_loss]
+            return
+        examples = list(itertools.islice(examples, limit))
+        self.loss_examples = examples[:n_loss]
+        self.questions = [e for e in examples if is_question(e)][:config.eval_samples]
+        self.continuations = [e for e in examples if 'infix' in e][:min(8, config.eval_samples)]
+        self.texts = []
+        encodes_all = is_plain or not enc.name.endswith('.pkl')  # nanoGPT's character tokenizers do not
+        if config.text_dataset or used_tasks != 'text' and encodes_all:
+            text_dataset = config.text_dataset or ('' if is_plain else 'pydoc')
+            text_rows = open_rows(text_dataset, 'val') if text_dataset else held_out.rows
+            texts = Examples(text_rows, config, 0, 'text', shuffle=False)
+            self.texts = [texts[i] for i in range(n_loss)]
+
+    @torch.no_grad()
+    def run(self, model, autocast):
+        """({name: figure}, a contact sheet or None, a table [{column: value}]); the sheet on rank 0 only."""
+        model.eval()
+        with autocast:
+            measured = self.measure_retrieval(model) if self.pairs else self.measure_answers(model)
+        model.train()
+        return measured
+
+    def batch(self, model, examples):
+        """The examples as a collated batch on the device."""
+        loss_on = self.config.loss_on
+        tokenized = [tokenize(e, self.enc, model.config, loss_on, cache=self.cache) for e in examples]
+        return to_device(collate(tokenized, model.config), self.dist_env.device)
+
+    def map(self, work, items):
+        """Concatenates the lists that work(items) gives of each batch of the items, on every rank."""
+        return map_across_ranks(work, items, self.config.batch_size, self.dist_env)
+
+    def losses(self, model, examples, change=list):
+        """
+        {name: mean loss in nats, 'weight': the number of targets or rows that it is the mean of}. change([example])
+        -> [example] is applied to one batch at a time, so that only its images are in memory.
+        """
+        def measure(rows):
+            batch = self.batch(model, change(rows))
+            torch.manual_seed(self.config.seed)  # ITM's hard negatives are the same every time
+            sums = {name: loss.item() for name, loss in model(batch).items()}
+            return [{**sums, 'weight': model.loss_weight(batch)}]
+
+        total = Counter()
+        for sums in self.map(measure, examples):
+            total.update(sums)
+        weight = total.pop('weight', 0)
+        return Counter({name: value / max(1, weight) for name, value in total.items()}, weight=weight)
+
+    def generate(self, model, examples, to_prompt):
+        """Greedy answers to to_prompt(example) of each example, on every rank."""
+        def work(rows):
+            # as long as the longest reference and a little more: an answer that goes on is wrong anyway
+            length = lambda e: len(reference(e) if e.get('char_level') else self.enc.encode(reference(e)))
+            longest = max(map(length, rows)) + 8
+            return answer(model, self.enc, list(map(to_prompt, rows)), self.cache, max_new_tokens=longest)
+
+        return self.map(work, examples)
+
+    def measure_answers(self, model):
+        """`run` for a GPT."""
+        examples = self.loss_examples
+        result = {'val_loss': self.losses(model, examples)['lm']}
+        if any(e.get('images') for e in examples):
+            result['blank_loss'] = self.losses(model, examples, blank)['lm']
+            result['shuffled_loss'] = self.losses(model, shuffled(examples))['lm']
+        if self.texts:
+            result['text_loss'] = self.losses(model, self.texts)['lm']
+        hidden = [e for e in examples if 'infix' in e]
+        if hidden:
+            result |= self.pixel_recovery(model, hidden)
+        predictions = self.generate(model, self.questions, question)
+        if predictions:
+            references = list(map(reference, self.questions))
+            result |= {**score(predictions, references), 'n': len(predictions)}
+            if all(e.get('references') for e in self.questions):
+                result |= score_captions(predictions, self.questions)
+        table, cells = [], self.continuation_cells(model)
+        for i, (example, prediction) in enumerate(zip(self.questions, predictions)):
+            truth = reference(example)
+            edits = Levenshtein.distance(prediction, truth)
+            table.append({'index': i, 'image': image_names(example), 'reference': truth,
+                          'prediction': prediction, 'edits': edits, 'exact': int(edits == 0)})
+            if i < 32 and example.get('images'):
+                cells.append((example['images'][0], answer_caption(example, prediction), edits == 0))
+        sheet = None
+        if cells and self.dist_env.rank == 0:
+            sources, captions, correct = zip(*cells)
+            cell = 800 if self.continuations else 400  # a caption is cut after six lines
+            sheet = render.contact_sheet(list(map(load_image, sources)), captions, correct, cell)
+        return result, sheet, table
+
+    def pixel_recovery(self, model, examples):
+        """R, its controls and the losses that they are made of, all on the same postfix tokens."""
+        no_infix = [{**e, 'images': [], 'filling': ''} for e in examples]
+        as_text = [{**e, 'filling': e['infix']} for e in no_infix]
+        pixels = self.losses(model, examples)
+        blanked = self.losses(model, examples, blank)
+        mismatched = self.losses(model, shuffled(examples))
+        none = self.losses(model, no_infix)
+        infix = self.losses(model, as_text)
+        if not pixels['weight'] == none['weight'] == infix['weight']:
+            raise ValueError(f'block_size ({model.config.block_size}) is too small to measure R: with its infix as '
+                             'text a sequence is cut off; lower max_span or raise block_size')
+        recovery = lambda losses: (none['lm'] - losses['lm']) / (none['lm'] - infix['lm'])
+        return {'pixels_loss': pixels['lm'], 'none_loss': none['lm'], 'infix_loss': infix['lm'],
+                'R': recovery(pixels), 'R_blank': recovery(blanked), 'R_shuffled': recovery(mismatched)}
+
+    def continuation_cells(self, model):
+        """What the model generates after the image and after nothing in its place, next to the true postfix."""
+        without_image = lambda e: {**question(e), 'images': [], 'filling': ''}
+        examples = [{**e, 'text': question(e)['text'] + reference(e)[:150]} for e in self.continuations]
+        with_image = self.generate(model, examples, question)
+        without = self.generate(model, examples, without_image)
+        cells = []
+        for example, *texts in zip(examples, with_image, without, map(reference, examples)):
+            texts = [' '.join(text.split())[:150] for text in texts]
+            caption = 'with the image: {}\nwithout: {}\ntrue: {}'.format(*texts)
+            cells.append((example['images'][0], caption, None))
+        return cells
+
+    def measure_retrieval(self, model):
+        """`run` for a QFormerPretraining."""
+        examples, captions, image_index = self.pairs
+        losses = self.losses(model, self.loss_examples)
+        del losses['weight']
+
+        def embed_captions(texts):
+            longest = model.config.block_size - 2  # an end token, and the one that the model prepends
+            ids = [torch.tensor(self.enc.encode(text)[:longest] + [self.enc.end_ids[0]]) for text in texts]
+            ids = pad_sequence(ids, batch_first=True, padding_value=-1)
+            return list(model.text_embeds(ids.to(self.dist_env.device)).float().cpu())
+
+        embed_images = lambda rows: list(model.image_embeds(self.batch(model, rows)['images']).float().cpu())
+        image_embeds = torch.stack(self.map(embed_images, examples))                     # (N, K, D)
+        text_embeds = torch.stack(self.map(embed_captions, captions))                    # (M, D)
+        scores = similarity(image_embeds, text_embeds)                                   # (N, M)
+        result = {'val_loss': sum(losses.values()), **losses, **recall(scores, image_index),
+                  'cosine': mean_cosine(image_embeds), 'n': len(examples)}
+        table = []
+        for j, (caption, i) in enumerate(zip(captions, image_index.tolist())):
+            rank = int((scores[i] > scores[i, j]).sum()) + 1
+            nearest = captions[int(scores[i].argmax())]
+            table.append({'image': image_names(examples[i]), 'caption': caption,
+                          'cosine': f'{scores[i, j]:.4f}', 'rank': rank, 'nearest': nearest})
+        sheet = None
+        if self.dist_env.rank == 0:
+            images = [load_image(e['images'][0]) for e in examples[:8]]
+            shown = [image_index.tolist().index(i) for i in range(len(images))]  # a caption of each
+            sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
+        return result, sheet, table
+
+
+def map_across_ranks(work, items, size, dist_env):
+    """Concatenates the lists work(items[i:i + size]) of all i; each rank does its share of the calls."""
+    starts = range(dist_env.rank * size, len(items), dist_env.world_size * size)
+    progress = tqdm(starts, unit='batch', delay=5, leave=False, disable=dist_env.rank > 0)
+    results = {i: work(items[i:i + size]) for i in progress}
+    if dist_env.ddp:
+        shares = [None] * dist_env.world_size
+        dist.all_gather_object(shares, results)
+        results = {i: share[i] for share in shares for i in share}
+    return [result for i in sorted(results) for result in results[i]]
+
+
+def blank(examples):
+    """The examples with white images of the same sizes."""
+    whiten = lambda source: Image.new('RGB', load_image(source).size, 'white')
+    return [{**e, 'images': list(map(whiten, e.get('images') or []))} for e in examples]
+
+
+def shuffled(examples):
+    """The examples with the images of others: image j becomes image j + M/2 of all M."""
+    images = [source for e in examples for source in e.get('images') or []]
+    images = iter(images[len(images) // 2:] + images[:len(images) // 2])
+    return [{**e, 'images': [next(images) for _ in e.get('images') or []]} for e in examples]
 
 
 def is_question(example):
-    """Whether it has an answer to be scored: a conversation, or images with a caption behind the last one."""
-    return 'messages' in example or bool(example.get('images')) and 'infix' not in example and bool(reference(example).strip())
+    """Whether it has an answer to be scored: a conversation, or images with a caption after the last one."""
+    has_caption = example.get('images') and 'infix' not in example and reference(example).strip()
+    return 'messages' in example or bool(has_caption)
 
 
 def question(example):
-    """The example as it is put to the model."""
-    return example if 'messages' in example else {**example, 'text': example['text'].rpartition(IMAGE)[0] + IMAGE}
+    """The example up to what the model has to answer."""
+    if 'messages' in example:
+        return example
+    return {**example, 'text': example['text'].rpartition(IMAGE)[0] + IMAGE}
 
 
-def answer_sheet(examples, predictions):
-    """Contact sheet of the examples with images: the question, and the answer; green if right, red with the truth below."""
-    rows = [(e, p) for e, p in zip(examples, predictions) if e.get('images')]
-    asked = [e['messages'][-2]['content'].replace(IMAGE, '').strip() if len(e.get('messages', [])) > 1 else '' for e, _ in rows]
-    captions = [f'{q}\n{p}'.strip() + (f'\n({reference(e)})' if p != reference(e) else '') for q, (e, p) in zip(asked, rows)]
-    return render.contact_sheet([load_image(e['images'][0]) for e, _ in rows], captions,
-                                [p == reference(e) for e, p in rows])
+def image_names(example):
+    return ' '.join(source if isinstance(source, str) else 'drawn' for source in example.get('images') or [])
 
 
-# -----------------------------------------------------------------------------
-# retrieval: which caption belongs to which picture?
-
-def pairs_of(examples, most):
-    """
-    Held-out pictures and captions in which each has its right answers: (examples, one for each picture; captions; owner, the
-    picture that each caption belongs to). A picture may have several captions, under "references"; one that shares an
-    image or a caption with an earlier one is left out.
-    """
-    pictures, captions, owner, seen = [], [], [], set()
-    for example in examples:
-        own = list(dict.fromkeys(example.get('references') or [reference(example).strip()]))
-        names = {*own, *(s for s in example.get('images') or [] if isinstance(s, str))}
-        if len(example.get('images') or []) == 1 and all(own) and not names & seen:
-            seen |= names
-            captions += own
-            owner += [len(pictures)] * len(own)
-            pictures.append(example)
-        if len(pictures) == most:
-            break
-    if len(pictures) < 2:
-        raise ValueError('retrieval needs held-out pictures with a caption each, and there are fewer than two')
-    return pictures, captions, torch.tensor(owner)
-
-
-@torch.no_grad()
-def embed_images(model, tokenizer, examples, autocast, features=None):
-    """An Aligner's vectors of the examples' pictures, (N, K, D) float32 on the CPU."""
-    images = vision.collate([look(e['images'][0], model.config, features) for e in examples], model.config)
-    with autocast:
-        return model.image_vectors(*model.see([t.to(model.logit_scale.device) for t in images])).float().cpu()
-
-
-@torch.no_grad()
-def embed_texts(model, tokenizer, captions, autocast, features=None):
-    """An Aligner's vectors of captions, (N, D) float32 on the CPU."""
-    ids = [torch.tensor(caption_ids(caption, tokenizer, model.config)) for caption in captions]
-    ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
-    with autocast:
-        return model.text_vectors(ids.to(model.logit_scale.device)).float().cpu()
-
-
-def cosines(image_vectors, text_vectors):
-    """Pictures (N, K, D) and captions (M, D) -> (N, M): of a picture the query that is nearest to the caption counts."""
-    return torch.einsum('nkd,md->nmk', image_vectors, text_vectors).amax(-1)
-
-
-def recall(image_vectors, text_vectors, owner):
-    """
-    How well pictures (N, K, D) and captions (M, D) find one another; caption j belongs to picture owner[j]. Returns a dict: the
-    share of pictures of which a right caption is among the k most similar (i2t_r1, i2t_r5, i2t_r10), the same of captions
-    (t2i_...), what guessing would give (chance_r1), and the mean cosine of two pictures: near 1, all of them have collapsed
-    into one. What is just as similar as the right one counts as more similar, or a collapsed model would be perfect.
-    """
-    similarity = cosines(image_vectors, text_vectors)                                    # (N, M)
-    N, M = similarity.shape
-    right = owner == torch.arange(N)[:, None]                                            # (N, M)
-    best = similarity.masked_fill(~right, -math.inf).amax(1, keepdim=True)               # (N, 1)
-    ahead = {'i2t': ((similarity >= best) & ~right).sum(1),                              # (N)
-             't2i': (similarity >= similarity[owner, torch.arange(M)]).sum(0) - 1}       # (M)
-    out = {f'{way}_r{k}': (n < k).float().mean().item() for way, n in ahead.items() for k in (1, 5, 10)}
-    mean = torch.nn.functional.normalize(image_vectors.mean(1), dim=-1)                  # (N, D)
-    return {**out, 'chance_r1': 1 / N, 'cosine': ((mean.sum(0).square().sum() - N) / (N * (N - 1))).item()}
-
-
-def retrieval_grid(examples, image_vectors, text_vectors, owner, captions, size=8):
-    """The first pictures as columns, a caption of each as rows, and in each cell how similar the two are."""
-    size = min(size, len(examples))
-    chosen = [owner.tolist().index(i) for i in range(size)]
-    return render.similarity_grid([load_image(e['images'][0]) for e in examples[:size]], [captions[j] for j in chosen],
-                                  cosines(image_vectors[:size], text_vectors[chosen]).T.tolist())
+def answer_caption(example, prediction):
+    """For a contact sheet: the question, the answer, and the truth if that is another."""
+    messages = example.get('messages', [])
+    asked = messages[-2]['content'].replace(IMAGE, '').strip() if len(messages) > 1 else ''
+    truth = reference(example)
+    return f'{asked}\n{prediction}'.strip() + ('' if prediction == truth else f'\n({truth})')
 
 
 # -----------------------------------------------------------------------------
+# the script
+
+# what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
+DEFAULTS = dict(tasks='ocr', text_dataset='', loss_on='assistant', eval_iters=8, batch_size=12, seed=1337,
+                augment='', min_span=200, max_span=4000)
+ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
+
+
+def newest_run():
+    """The folder under out/ with the newest checkpoint. Raises ValueError if there is none."""
+    paths = glob.glob(f'out/**/{checkpoint}', recursive=True)
+    if not paths:
+        raise ValueError('no checkpoint under out/: train one first (torchrun train.py config/quickstart.py), '
+                         'or name one with --out_dir or --init_from')
+    folder = os.path.dirname(max(paths, key=os.path.getmtime))
+    print(f'{folder}: newest run', file=sys.stderr)
+    return folder
+
 
 def load():
-    """The model (a GPT or an Aligner) in eval mode on the device, its tokenizer, and the knobs it was trained with."""
-    if init_from == 'resume':
-        path = os.path.join(out_dir, checkpoint)
-        state = load_checkpoint(path)
-        moved = {'vision_encoder': vision_encoder} if vision_encoder else {}
-        if state['model_args'].get('lora_scope') != 'image':
-            moved['lora_rank'] = 0  # merges the updates: the same answers, faster. Those behind images only stay apart
-        learnt = Aligner if state['model_args'].get('objective', 'lm') != 'lm' else GPT
-        model = learnt.from_state(state, path, dropout=0.0, **moved)
-        named = state.get('config', {}).get('tokenizer') or 'gpt2'
-    else:
-        path, state, named = init_from, {}, 'gpt2' if init_from in GPT2 else init_from
-        model = GPT.from_pretrained(init_from)
-    config = SimpleNamespace(**state.get('config', {}))
-    encoding = get_tokenizer(tokenizer or named, getattr(config, 'system_prompt', 'auto'))
-    place = device or find_device()
-    kind = getattr(torch, dtype or ('bfloat16' if place.startswith('cuda') else 'float32'))
-    for part, named_parameters in model.parts().items():
-        for p in named_parameters.values():  # the eyes stay as precise as they were trained
-            p.data = p.data.to(kind if part == 'gpt' else torch.float32)
-    model.to(place).eval()
-    needed = 1 + max([*encoding._mergeable_ranks.values(), *end_tokens(encoding)])
-    if needed > model.config.vocab_size:
-        raise ValueError(f'the tokenizer {encoding.name} has {needed} ids, the model only '
-                         f'{model.config.vocab_size}: name the one it was trained with by --tokenizer')
-    count = sum(p.numel() for p in model.parameters())
-    print(f'{path}: iteration {state.get("iter_num", 0)}, {count / 1e6:.2f}M parameters', file=sys.stderr)
-    config.chat = state.get('chat', IM_START in encoding._special_tokens)
-    return model, encoding, config, torch.autocast(place.split(':')[0], kind, enabled=kind != torch.float32)
+    """The model in eval mode on the device, its tokenizer, the knobs that it was trained with, autocast."""
+    source = os.path.join(out_dir, checkpoint) if init_from == 'resume' else init_from
+    state = read_weights(source)
+    overrides = {'dropout': 0.0}
+    if vision_encoder:
+        overrides['vision_encoder'] = vision_encoder
+    if state['model_args'].get('lora_scope') != 'image':
+        overrides['lora_rank'] = 0  # merges the updates: the same answers, faster
+    model = build_model(state, source, **overrides)
+    config = SimpleNamespace(**{**DEFAULTS, **state['config']})
+    name = tokenizer or state['config'].get('tokenizer') or 'gpt2'
+    enc = get_tokenizer(name, state['config'].get('system_prompt', 'auto'))
+    config.chat = state.get('chat', enc.has_chat_template)
+    n_ids = max(enc.n_text, 1 + max(enc.end_ids))
+    if n_ids > model.config.vocab_size:
+        raise ValueError(f'the tokenizer {enc.name} has {n_ids} ids, the model only {model.config.vocab_size}: '
+                         'name the one it was trained with by --tokenizer')
+    where = device or find_device()
+    device_type = where.split(':')[0]
+    precision = getattr(torch, dtype or ('bfloat16' if device_type == 'cuda' else 'float32'))
+    for part, named in model.param_groups().items():
+        for p in named.values():  # the vision encoder stays as precise as it was trained
+            p.data = p.data.to(precision if part == 'gpt' else torch.float32)
+    model.to(where).eval()
+    n_params = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f'{source}: iteration {state.get("iter_num", 0)}, {n_params:.2f}M parameters', file=sys.stderr)
+    return model, enc, config, torch.autocast(device_type, precision, enabled=precision != torch.float32)
 
 
-def say(found, prefix=''):
-    """Prints an answer, marked where it is doubtful and with its mean log-probability on stderr if those were asked for."""
-    if logprobs:
-        _, mean, marked = found
-        print(prefix + marked, flush=True)
-        print(f'mean log-probability of a token: {mean:.3f} nats', file=sys.stderr)
-    else:
-        print(prefix + found, flush=True)
-
-
-def with_images(text, images):
-    """The text with an <image> for each image: in front, unless it says itself where they stand."""
-    if images and IMAGE not in text:
-        text = (IMAGE + '\n') * len(images) + text
-    return text.strip()
-
-
-def ask(model, encoding, as_chat):
-    """Prints num_samples answers to the prompt."""
-    images = [load_image(path) for path in image]
-    if as_chat:
-        example = {'messages': [{'role': 'user', 'content': with_images(prompt, images)}], 'images': images}
-    else:
-        example = {'text': prompt if IMAGE in prompt or not images else prompt + IMAGE * len(images), 'images': images}
+def generation_knobs(model):
+    """The keyword arguments of model.generate, with a new generator."""
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return dict(max_new_tokens=max_new_tokens, **sampling)
+
+
+def prompt_example(text, images, as_chat):
+    """The prompt as an example. Without <image> in it, images come first in a turn, and last in a text."""
+    if images and IMAGE not in text:
+        text = (IMAGE + '\n') * len(images) + text if as_chat else text + IMAGE * len(images)
+    if as_chat:
+        return {'messages': [{'role': 'user', 'content': text.strip()}], 'images': images}
+    return {'text': text, 'images': images}
+
+
+def print_answer(model, enc, example, generation, prefix=''):
+    """Prints the answer to the example and returns it; with --logprobs marked, and the mean to stderr."""
+    (text, mean, marked), = answer(model, enc, [example], return_logprobs=True, **generation)
+    print(prefix + (marked if logprobs else text), flush=True)
+    if logprobs:
+        print(f'mean log-probability of a token: {mean:.3f} nats', file=sys.stderr)
+    return text
+
+
+def ask(model, enc, as_chat):
+    """Prints num_samples answers to the prompt."""
+    example = prompt_example(prompt, list(map(load_image, image)), as_chat)
+    generation = generation_knobs(model)
     for i in range(num_samples):
-        found, = answer(model, encoding, [example], max_new_tokens, temperature, top_k, top_p, generator,
-                        return_logprobs=logprobs)
-        say(found, '' if as_chat else prompt)
-        if i < num_samples - 1:
+        if i:
             print('---------------')
+        print_answer(model, enc, example, generation, '' if as_chat else prompt)
 
 
-def converse(model, encoding):
-    """Reads turns from stdin and answers them, with all that was said before in mind."""
-    images = [load_image(path) for path in image]
-    messages, generator = [], torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+def chat_loop(model, enc):
+    """Reads turns from stdin and answers each, given all turns before it."""
+    images, messages = list(map(load_image, image)), []
+    generation = generation_knobs(model)
     print(f'{len(images)} image(s); an empty line or Ctrl-D ends the conversation', file=sys.stderr)
     while True:
         print('> ', end='', file=sys.stderr, flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             return
-        messages.append({'role': 'user', 'content': line if messages else with_images(line, images)})
-        found, = answer(model, encoding, [{'messages': messages, 'images': images}], max_new_tokens, temperature, top_k,
-                        top_p, generator, return_logprobs=logprobs)
-        say(found)
-        messages.append({'role': 'assistant', 'content': found[0] if logprobs else found})
+        messages += prompt_example(line, [] if messages else images, True)['messages']
+        text = print_answer(model, enc, {'messages': messages, 'images': images}, generation)
+        messages.append({'role': 'assistant', 'content': text})
 
 
-def caption_folder(model, encoding, folder, as_chat):
-    """Asks the prompt about every image of a folder: captions.csv and captions.png in out_dir; what is no image is said."""
-    names = sorted(os.path.join(root, n) for root, _, ns in os.walk(folder) for n in ns if not n.startswith('.'))
-    text = with_images(prompt, [None]) if as_chat else prompt if IMAGE in prompt else prompt + IMAGE
-    rows, shown = [], []
-    for i in tqdm(range(0, len(names), batch_size), unit='batch'):
-        examples, readable = [], []
-        for name in names[i:i + batch_size]:
+def caption_folder(model, enc, config, as_chat):
+    """Asks the prompt about every image of a folder: captions.csv and captions.png in out_dir."""
+    folder, = image
+    paths = sorted(os.path.join(root, n) for root, _, names in os.walk(folder) for n in names if n[0] != '.')
+
+    def caption(batch):
+        examples = {}
+        for path in batch:
             try:
-                picture = load_image(name)
+                examples[path] = prompt_example(prompt, [load_image(path)], as_chat)
             except ValueError as error:
-                print(f'left out: {error}', file=sys.stderr)
-                continue
-            readable.append(os.path.relpath(name, folder))
-            examples.append({**({'messages': [{'role': 'user', 'content': text}]} if as_chat else {'text': text}),
-                             'images': [picture]})
-        if examples:
-            shown += [e['images'][0] for e in examples][:64 - len(shown)]
-            generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-            found = answer(model, encoding, examples, max_new_tokens, temperature, top_k, top_p, generator,
-                           return_logprobs=True)
-            rows += [(name, caption, f'{mean:.4f}', marked) for name, (caption, mean, marked) in zip(readable, found)]
-    if not rows:
+                print(f'skipped: {error}', file=sys.stderr)
+        if not examples:
+            return []
+        answers = answer(model, enc, examples.values(), return_logprobs=True, **generation_knobs(model))
+        return [{'image': os.path.relpath(path, folder), 'caption': text, 'logprob': f'{mean:.4f}', 'marked': marked}
+                for path, (text, mean, marked) in zip(examples, answers)]
+
+    table = map_across_ranks(caption, paths, config.batch_size, ONE_PROCESS)
+    if not table:
         raise ValueError(f'no image in {folder}')
-    table, sheet = os.path.join(out_dir, 'captions.csv'), os.path.join(out_dir, 'captions.png')
-    with open(table, 'w', newline='', encoding='utf-8') as f:
-        csv.writer(f).writerows([['image', 'caption', 'logprob', 'doubts'], *rows])
-    render.contact_sheet(shown, [row[3] if logprobs else row[1] for row in rows[:len(shown)]]).save(sheet)
-    print(f'{len(rows)} captions in {table}, the first {len(shown)} as pictures in {sheet}', file=sys.stderr)
+    images = [load_image(os.path.join(folder, row['image'])) for row in table[:64]]
+    captions = [row['marked' if logprobs else 'caption'] for row in table[:64]]
+    write_results('captions', table, render.contact_sheet(images, captions))
 
 
-def held_out(config, most):
-    """Up to `most` examples of what --eval names, a .jsonl file or a dataset, one after another."""
-    if os.path.isfile(eval) and eval.endswith('.jsonl'):
-        examples = Examples(JsonLines(eval), config, seed=0, tasks='read', shuffle=False)
-    else:
-        examples = held_out_examples(eval, config, 'read')
-    return (examples[i] for i in range(most if examples.drawn else min(most, len(examples.rows))))
+def evaluate(model, enc, config, autocast):
+    """The evaluation of train.py on --eval: figures to stdout as JSON, eval.csv and eval.png to out_dir."""
+    if eval != getattr(config, 'dataset', ''):
+        config.text_dataset = ''
+    if not model.config.vision_encoder:
+        config.tasks = 'text'
+    config.dataset = eval
+    config.eval_samples = eval_samples
+    dist_env = SimpleNamespace(**vars(ONE_PROCESS), device=next(model.parameters()).device)
+    held_out = None
+    if eval.endswith('.jsonl') and os.path.isfile(eval):
+        held_out = Examples(FileRows(eval), config, seed=0, shuffle=False)
+    evaluation = Evaluation(config, enc, model, dist_env, held_out=held_out)
+    result, sheet, table = evaluation.run(model, autocast)
+    write_results('eval', table, sheet)
+    print(json.dumps(result))
 
 
-def retrieve(model, encoding, config, autocast):
-    """Of an Aligner: recall to stdout as JSON; each caption's rank among those of its picture, and a grid, to out_dir."""
-    examples, captions, owner = pairs_of(held_out(config, 4 * eval_samples), eval_samples)
-    embed = lambda work, things: torch.cat([work(model, encoding, things[i:i + batch_size], autocast)
-                                            for i in tqdm(range(0, len(things), batch_size), unit='batch')])
-    images, texts = embed(embed_images, examples), embed(embed_texts, captions)
-    table, sheet = os.path.join(out_dir, 'eval.csv'), os.path.join(out_dir, 'eval.png')
-    similarity = cosines(images, texts)                                                  # (N, M)
-    with open(table, 'w', newline='', encoding='utf-8') as f:
-        writer = csv.writer(f)
-        writer.writerow(['image', 'caption', 'cosine', 'rank', 'nearest'])
-        for j, (caption, i) in enumerate(zip(captions, owner.tolist())):
-            source, rank = examples[i]['images'][0], int((similarity[i] > similarity[i, j]).sum()) + 1
-            writer.writerow([source if isinstance(source, str) else 'drawn', caption, f'{similarity[i, j]:.4f}', rank,
-                             captions[int(similarity[i].argmax())]])
-    retrieval_grid(examples, images, texts, owner, captions).save(sheet)
-    print(f'{len(examples)} pictures and {len(captions)} captions in {table}; the first of them in {sheet}', file=sys.stderr)
-    print(json.dumps({'n': len(examples), **recall(images, texts, owner)}))
+def write_results(name, table, sheet):
+    """NAME.csv and NAME.png in out_dir, of what there is."""
+    path = os.path.join(out_dir, name)
+    if table:
+        with open(path + '.csv', 'w', newline='', encoding='utf-8') as f:
+            writer = csv.DictWriter(f, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+        print(f'{len(table)} rows in {path}.csv', file=sys.stderr)
+    if sheet:
+        sheet.save(path + '.png')
+        print(f'the first of them with their images in {path}.png', file=sys.stderr)
 
 
-def evaluate(model, encoding, config):
-    """Greedy answers to a held-out set: scores to stdout as JSON, eval.csv and eval.png to out_dir."""
-    examples = [e for e in held_out(config, eval_samples) if is_question(e)]
-    if not examples:
-        raise ValueError(f'{eval} has nothing to answer: expected rows with "messages", or with a text behind an <image>')
-    predictions = []
-    for i in range(0, len(examples), batch_size):
-        predictions += answer(model, encoding, [question(e) for e in examples[i:i + batch_size]], max_new_tokens)
-        print(f'{len(predictions)}/{len(examples)} answered', end='\r', file=sys.stderr)
-    table, sheet = os.path.join(out_dir, 'eval.csv'), os.path.join(out_dir, 'eval.png')
-    with open(table, 'w', newline='', encoding='utf-8') as f:
-        writer = csv.writer(f)
-        writer.writerow(['index', 'image', 'reference', 'prediction', 'edits', 'exact'])
-        for i, (e, p) in enumerate(zip(examples, predictions)):
-            names = ' '.join(s if isinstance(s, str) else 'drawn' for s in e.get('images') or [])
-            edits = edit_distance(p, reference(e))
-            writer.writerow([i, names, reference(e), p, edits, int(edits == 0)])
-    print(f'{len(examples)} answers in {table}', file=sys.stderr)
-    if any(e.get('images') for e in examples[:64]):
-        answer_sheet(examples[:64], predictions[:64]).save(sheet)
-        print(f'the first 64 as pictures in {sheet}', file=sys.stderr)
-    captions = score_captions(predictions, examples) if all(e.get('references') for e in examples) else {}
-    print(json.dumps({'n': len(examples), **score(predictions, [reference(e) for e in examples]), **captions}))
-
-
-def export_model(model, encoding, config):
+def export_model(model, enc, config):
     """
-    Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, with tokenizer.json if
-    it came from one; and glimpse.safetensors, the whole model, which --checkpoint and --init_from read.
+    Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the files of
+    its tokenizer; glimpse.safetensors, all of the model, which --checkpoint and --init_from read.
     """
     if os.path.isdir(export) and os.listdir(export):
         raise ValueError(f'--export={export} is not empty: name a new folder')
-    settings, text = to_hugging_face(model)
+    settings, text_weights = to_hugging_face(model)
     os.makedirs(export, exist_ok=True)
     with open(os.path.join(export, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump({**settings, 'eos_token_id': end_tokens(encoding)}, f, indent=2)
-    save_file(text, os.path.join(export, 'model.safetensors'), metadata={'format': 'pt'})
-    # a frozen tower comes along, and needs no other file then; what is tied is stored once
-    state = {name: p.contiguous() for name, p in model.state_dict().items()
-             if not (name == 'lm_head.weight' and model.config.tied)}
-    about = {'model_args': {**vars(model.config), 'vision_fingerprint': ''}, 'chat': config.chat,
-             'config': {**vars(config), 'tokenizer': encoding.name}}
-    save_file(state, os.path.join(export, 'glimpse.safetensors'), metadata={'glimpse': json.dumps(about)})
-    if encoding.name not in ('bytes', 'gpt2') and not encoding.name.endswith(('.pkl', '.txt')):
-        for path in filter(None, tokenizer_files(encoding.name)):
-            shutil.copy(path, export)
+        json.dump({**settings, 'eos_token_id': enc.end_ids}, f, indent=2)
+    save_file(text_weights, os.path.join(export, 'model.safetensors'), metadata={'format': 'pt'})
+    # a frozen encoder is written too, so that no other file is needed; tied weights are written once
+    weights = {name: p.contiguous() for name, p in model.state_dict().items()}
+    if model.config.tie_weights:
+        del weights['lm_head.weight']
+    knobs = {**vars(config), 'tokenizer': enc.name}
+    about = {'model_args': vars(model.config), 'config': knobs, 'chat': config.chat}
+    save_file(weights, os.path.join(export, 'glimpse.safetensors'), metadata={'glimpse': json.dumps(about)})
+    for path in enc.files:
+        shutil.copy(path, export)
     print(f'{export}: {", ".join(sorted(os.listdir(export)))}', file=sys.stderr)
 
 
 def main():
+    global out_dir
     configure(globals())
     if chat not in ('auto', 'yes', 'no'):
         raise ValueError(f'--chat must be auto, yes or no, got {chat!r}')
     if dtype not in ('', 'float32', 'bfloat16', 'float16'):
         raise ValueError(f'--dtype must be float32, bfloat16 or float16, got {dtype!r}')
-    model, encoding, config, autocast = load()
-    if isinstance(model, Aligner):
-        if not eval:
-            raise ValueError(f'{out_dir} has learnt {model.config.objective}, to compare pictures and captions, and cannot '
-                             'speak: --eval=DATASET measures it, and train.py --vision_from gives its eyes to a GPT')
-        return retrieve(model, encoding, config, autocast)
-    # a model that was trained to go on with texts has never seen the tokens of a conversation
+    if init_from == 'resume' and not out_dir:
+        out_dir = newest_run()
+    model, enc, config, autocast = load()
+    config.batch_size = batch_size or config.batch_size
+    name = out_dir if init_from == 'resume' else init_from
+    if eval:
+        return evaluate(model, enc, config, autocast)
+    if isinstance(model, QFormerPretraining):
+        raise ValueError(f'{name} was trained with objective {model.config.objective}, to compare images and '
+                         'captions, and cannot generate text: --eval=DATASET measures it, and train.py --vision_from '
+                         'gives its encoder to a GPT')
+    # a model that was trained to continue texts does not know the tokens of a conversation
     as_chat = chat == 'yes' or chat == 'auto' and config.chat
-    if as_chat and encoding._special_tokens.get(ASSISTANT, 0) >= model.config.vocab_size:
-        raise ValueError(f'{init_from} has no tokens for a conversation: --chat=no goes on with the prompt as a text')
+    if as_chat and enc.special.get(ASSISTANT, 0) >= model.config.vocab_size:
+        raise ValueError(f'{name} has no tokens for a conversation: --chat=no continues the prompt as a text')
     if image and not model.config.vision_encoder:
-        raise ValueError(f'the model in {out_dir} is blind: it was trained without a vision_encoder')
+        raise ValueError(f'{name} is text-only: it was trained without a vision_encoder')
     with autocast:
         if export:
-            export_model(model, encoding, config)
-        elif eval:
-            evaluate(model, encoding, config)
+            export_model(model, enc, config)
         elif len(image) == 1 and os.path.isdir(image[0]):
-            caption_folder(model, encoding, image[0], as_chat)
+            caption_folder(model, enc, config, as_chat)
         elif interactive:
-            converse(model, encoding)
+            chat_loop(model, enc)
         else:
-            ask(model, encoding, as_chat)
+            ask(model, enc, as_chat)
 
 
 if __name__ == '__main__':

@@ -1,44 +1,92 @@
 """
-Images -> image tokens: everything between a picture and the embeddings that the GPT reads.
+Images -> image tokens: everything between an image and the embeddings that the GPT reads.
 
-    preprocess   a PIL image -> its patches as bytes, and where each stands                 (on the CPU, per image)
-    collate      the images of a batch, padded to one length                                (on the CPU, per batch)
-    ViT          patches -> features: a small Vision Transformer, trained from scratch      (an encoder)
-    Tower        patches -> features: CLIP, SigLIP, DINOv2 ... with the weights of others   (an encoder)
-    pool         features -> their mean over each cell of k x k patches
-    QFormer      features -> a few queries that have looked at them, however many features there are
-    Connector    features or queries -> embeddings as wide as the GPT's: linear or mlp
-    Vision       all of it in one module: what `GPT.vision` is
+    VisionConfig        every knob of this file; model.py's GPTConfig extends it
+    preprocess          a PIL image -> its patches as bytes, and the row and column of each     (on the CPU, per image)
+    collate             the images of a batch, padded to one length                             (on the CPU, per batch)
+    ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
+    PretrainedEncoder   patches -> features: CLIP, SigLIP, DINOv2, ... with published weights   (an encoder)
+    pool                features -> their mean over each cell of k x k patches
+    QFormer             features -> a fixed number of queries that have attended to them
+    Connector           features or queries -> embeddings as wide as the GPT's: linear or mlp
+    Vision              all of it in one module: what `GPT.vision` is
+    QFormerPretraining  BLIP-2's first stage: trains encoder and Q-Former on images and captions, without a GPT
 
-The ViT looks at a picture at its native resolution: it keeps its size and aspect and becomes as many patches as it takes,
-up to a limit; a batch of them is padded, and attention never looks at the padding. A tower has learnt to look at
-squares of one size, so its pictures are first made such squares.
+The ViT reads an image at its native resolution: the image keeps its size and aspect and becomes as many patches as it
+takes, up to a limit. A batch of them is padded, and attention ignores the padding. A pretrained encoder was trained on
+squares of one size, so its images are first made such squares.
 
-This file imports nothing of the project. `config` is any object with the fields that model.py's GPTConfig lists under
-"vision".
+This file imports nothing of the project.
 
 References:
 1) ViT: https://arxiv.org/abs/2010.11929
 2) NaViT, patches of images of many sizes in one batch: https://arxiv.org/abs/2307.06304
 3) LLaVA, a frozen CLIP's penultimate layer: https://arxiv.org/abs/2304.08485
 4) LLaVA-1.5, the two-layer MLP connector, and padding to a square: https://arxiv.org/abs/2310.03744
-5) BLIP-2, the Q-Former: https://arxiv.org/abs/2301.12597
+5) BLIP-2, the Q-Former and its first stage: https://arxiv.org/abs/2301.12597
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import math
 import os
+import sys
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageOps
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-# -----------------------------------------------------------------------------
-# a picture becomes patches
+
+def derived(default):
+    """A field that no user sets: the tokenizer, or a pretrained encoder, determines it."""
+    return field(default=default, metadata={'derived': True})
+
+
+@dataclass
+class VisionConfig:
+    # the GPT, as far as images and sequences depend on it
+    block_size: int = 1024    # positions of a sequence; an image takes one
+    vocab_size: int = derived(50304)  # GPT-2's 50257, padded up to a multiple of 64 for efficiency
+    n_embd: int = 768
+    image_token: int = derived(-1)  # id of <image>
+    # vision
+    vision_encoder: str = ''  # '' for a text-only GPT, vit for the small ViT trained from scratch, or a pretrained encoder:
+    #                           ViT-L-14-quickgelu/openai, timm/vit_small_patch14_dinov2.lvd142m (see PretrainedEncoder)
+    connector: str = 'mlp'    # linear, mlp, pool or qformer
+    pool_size: int = 2        # connector pool: k x k patches become one token
+    n_queries: int = 32       # connector qformer: any image becomes as many tokens
+    qformer_n_layer: int = 12
+    qformer_n_head: int = 12
+    qformer_n_embd: int = 768
+    qformer_cross_every: int = 2  # every second layer attends to the image, from the first on
+    patch_height: int = 16    # pixels
+    patch_width: int = 16     # pixels
+    max_image_tokens: int = 256  # a larger image is scaled down, keeping its aspect, to make at most as many tokens
+    line_height: int = 0      # pixels; > 0: every image is a line of text and is first scaled to this height
+    vision_n_layer: int = 6
+    vision_n_head: int = 6
+    vision_n_embd: int = 384
+    vision_layer: int = -2    # of a pretrained encoder: the layer of the features; -1 is the last, with its final norm
+    vision_cls: bool = False  # of a pretrained encoder: keep its class token as the first image token
+    image_fit: str = 'pad'    # of a pretrained encoder: how an image becomes its square: pad, squash or crop
+    image_size: int = derived(0)  # of a pretrained encoder: the side of its square, in pixels
+    image_mean: tuple = derived((0.5, 0.5, 0.5))
+    image_std: tuple = derived((0.5, 0.5, 0.5))
+    # BLIP-2's first stage
+    objective: str = 'lm'     # lm trains a GPT; itc, itc+itm or itc+itm+itg train encoder and Q-Former without one
+    proj_dim: int = 256       # of that stage: width of the embeddings in which images and captions are compared
+
+
+def is_pretrained(config):
+    """Whether the encoder has published weights: its name has a slash, like ViT-L-14-quickgelu/openai."""
+    return '/' in config.vision_encoder
 
 
 def cell_size(config):
@@ -46,17 +94,60 @@ def cell_size(config):
     return config.pool_size if config.connector == 'pool' else 1
 
 
-def is_tower(config):
-    """Whether the encoder is somebody else's, by name ('ViT-L-14-quickgelu/openai'), and not the `vit` of this file."""
-    return '/' in config.vision_encoder
+# -----------------------------------------------------------------------------
+# an image becomes patches
 
-
-def squared(image, config):
+def preprocess(image, config):
     """
-    A picture as the tower wants it, image_size x image_size pixels:
-        pad     the whole of it in its own aspect, the rest filled with the tower's mean colour (LLaVA-1.5)
-        squash  the whole of it, its aspect given up: every pixel goes to the picture, good for pages
-        crop    its middle, the shorter side whole: what CLIP was trained on, and what cuts off a page's margins
+    Cuts an RGB PIL image into patches. Returns
+        patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
+        grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
+    L is a multiple of k*k: the patches come cell by cell, the k x k of one image token next to each other, so that
+    the pool connector is a reshape. `num_tokens` gives the number of image tokens.
+    Raises ValueError for an image that is too elongated.
+    """
+    ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
+    pixels = np.asarray(resize(image, config))                                           # (H, W, 3)
+    rows = math.ceil(pixels.shape[0] / ph)
+    cols = math.ceil(pixels.shape[1] / pw)
+    cell_rows = math.ceil(rows / k)
+    cell_cols = math.ceil(cols / k)
+    # the last row and column of patches are filled up with the image's own border, whatever its color
+    missing_rows = cell_rows * k * ph - pixels.shape[0]
+    missing_cols = cell_cols * k * pw - pixels.shape[1]
+    pixels = np.pad(pixels, ((0, missing_rows), (0, missing_cols), (0, 0)), mode='edge')
+    patches = pixels.reshape(cell_rows, k, ph, cell_cols, k, pw, 3)
+    patches = patches.transpose(0, 3, 1, 4, 2, 5, 6)                                     # (rows, cols, k, k, ph, pw, 3)
+    patches = patches.reshape(-1, ph * pw * 3)                                           # (L, ph*pw*3)
+    y, x = np.mgrid[:cell_rows * k, :cell_cols * k]
+    grid = np.stack([y, x], -1).reshape(cell_rows, k, cell_cols, k, 2)
+    grid = grid.transpose(0, 2, 1, 3, 4).reshape(-1, 2)                                  # (L, 2)
+    outside = (grid[:, 0] >= rows) | (grid[:, 1] >= cols)
+    grid = np.where(outside[:, None], -1, grid)
+    patches, grid = torch.from_numpy(patches), torch.from_numpy(grid)
+    if is_pretrained(config) and config.vision_cls:  # the class token comes from no patch: an entry in front for it
+        patches = F.pad(patches, (0, 0, 1, 0))
+        grid = F.pad(grid, (0, 0, 1, 0))
+    return patches, grid
+
+
+def resize(image, config):
+    """An RGB PIL image at the size at which the encoder reads it."""
+    if is_pretrained(config):
+        return resize_to_square(image, config)
+    if config.line_height:
+        image = crop_line(image)
+    size = scaled_size(*image.size, config)
+    return image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
+
+
+def resize_to_square(image, config):
+    """
+    An image as a pretrained encoder takes it, image_size x image_size pixels:
+        pad     the whole image in its own aspect, the rest filled with the encoder's mean color (LLaVA-1.5)
+        squash  the whole image, distorted to a square: uses every pixel of the square, good for pages
+        crop    its center, the shorter side whole: what CLIP was trained on; it cuts off a page's margins
+    Raises ValueError for another image_fit.
     """
     size = config.image_size, config.image_size
     if config.image_fit == 'pad':
@@ -74,78 +165,51 @@ def squared(image, config):
 
 def scaled_size(width, height, config):
     """
-    The size in pixels, (width, height), at which the encoder looks at a picture: its own if that makes at most
-    max_image_tokens tokens, else the largest of the same aspect that does. With line_height, pictures are lines of
-    text and are first brought to that height, as readers of text lines always did. Raises ValueError for a picture so
-    elongated that the limit would shrink a side of it to less than a quarter of a patch.
+    The size in pixels, (width, height), at which the ViT reads an image: its own if that makes at most
+    max_image_tokens tokens, else the largest of the same aspect that does. With line_height, images are lines of
+    text and are first scaled to that height. Raises ValueError for an image so elongated that the limit would
+    shrink one side to less than a quarter of a patch.
     """
-    k = cell_size(config)
-    cell_w, cell_h = k * config.patch_width, k * config.patch_height
+    cell_w = cell_size(config) * config.patch_width
+    cell_h = cell_size(config) * config.patch_height
     wanted = config.line_height / height if config.line_height else 1.0
     scale = min(wanted, math.sqrt(config.max_image_tokens * cell_w * cell_h / (width * height)))
     while math.ceil(width * scale / cell_w) * math.ceil(height * scale / cell_h) > config.max_image_tokens:
         scale *= 0.98
-    if scale < wanted and (width * scale < config.patch_width / 4 or height * scale < config.patch_height / 4):
+    too_thin = width * scale < config.patch_width / 4 or height * scale < config.patch_height / 4
+    if scale < wanted and too_thin:
         raise ValueError(f'an image of {width}x{height} pixels is too elongated for {config.max_image_tokens} image '
                          'tokens: cut it into pieces or raise max_image_tokens')
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def frame_line(image):
+def crop_line(image):
     """
     A line of text in black on white and without its margins, from the top of its letters to a third of their height
-    below the baseline: letters of one font size come out in one size, whatever the margins, the colours and the letters.
-    The paper is the commonest grey; ink is what differs from it by more than a quarter of the strongest contrast; the
-    baseline is the row below which most ink ends. A picture without ink is returned as it is.
+    below the baseline: letters of one font size come out in one size, whatever the margins, colors and letters.
+    The background is the median gray. Ink differs from it by more than a quarter of the strongest contrast. The
+    baseline is the row below which most ink ends. An image without ink is returned as it is.
     """
-    grey = np.asarray(image.convert('L'), dtype=np.float32)                              # (H, W)
-    contrast = np.abs(grey - np.median(grey))
+    gray = np.asarray(image.convert('L'), dtype=np.float32)                              # (H, W)
+    contrast = np.abs(gray - np.median(gray))
     ink = contrast > max(16, contrast.max() / 4)
-    rows, ys, xs = ink.sum(1), np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    ys = np.flatnonzero(ink.any(1))
+    xs = np.flatnonzero(ink.any(0))
     if not len(xs):
         return image
-    left, right, top, middle = int(xs[0]), int(xs[-1]) + 1, int(ys[0]), int(ys[0] + ys[-1]) // 2
-    ends = rows - np.append(rows[1:], 0)
-    baseline = middle + int(ends[middle:].argmax()) + 1
+    left, right, top = int(xs[0]), int(xs[-1]) + 1, int(ys[0])
+    middle = int(ys[0] + ys[-1]) // 2
+    ink_per_row = ink.sum(1)
+    ink_that_ends = ink_per_row - np.append(ink_per_row[1:], 0)
+    baseline = middle + int(ink_that_ends[middle:].argmax()) + 1
+    black_on_white = (255 - contrast * (255 / contrast.max())).astype(np.uint8)
     line = Image.new('L', (right - left, math.ceil(1.35 * (baseline - top))), 255)
-    line.paste(Image.fromarray((255 - contrast * (255 / contrast.max())).astype(np.uint8)), (-left, -top))
+    line.paste(Image.fromarray(black_on_white), (-left, -top))
     return line.convert('RGB')
 
 
-def preprocess(image, config):
-    """
-    Cuts an RGB PIL image into patches, a line of text (line_height) after framing it. Returns
-        patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
-        grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
-    L is a multiple of k*k: the patches come cell by cell, the k x k of one image token behind one another, so that
-    the pool connector is a reshape. `num_tokens` says how many image tokens that makes.
-    """
-    ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
-    if is_tower(config):
-        image = squared(image, config)
-    else:
-        image = frame_line(image) if config.line_height else image
-        size = scaled_size(*image.size, config)
-        image = image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
-    pixels = np.asarray(image)                                                           # (H, W, 3)
-    rows, cols = math.ceil(pixels.shape[0] / ph), math.ceil(pixels.shape[1] / pw)
-    cell_rows, cell_cols = math.ceil(rows / k), math.ceil(cols / k)
-    # the last row and column of patches are filled up with the picture's own border, whatever its colour
-    room = cell_rows * k * ph - pixels.shape[0], cell_cols * k * pw - pixels.shape[1]
-    pixels = np.pad(pixels, ((0, room[0]), (0, room[1]), (0, 0)), mode='edge')
-    patches = pixels.reshape(cell_rows, k, ph, cell_cols, k, pw, 3).transpose(0, 3, 1, 4, 2, 5, 6)
-    patches = patches.reshape(cell_rows * cell_cols * k * k, ph * pw * 3)                # (L, ph*pw*3)
-    y, x = np.mgrid[:cell_rows * k, :cell_cols * k]
-    grid = np.stack([y, x], -1).reshape(cell_rows, k, cell_cols, k, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
-    outside = (grid[:, 0] >= rows) | (grid[:, 1] >= cols)
-    patches, grid = torch.from_numpy(patches), torch.from_numpy(np.where(outside[:, None], -1, grid))
-    if is_tower(config) and config.vision_cls:  # an entry in front for the class token, which comes of no patch
-        patches, grid = F.pad(patches, (0, 0, 1, 0)), F.pad(grid, (0, 0, 1, 0))
-    return patches, grid
-
-
 def num_tokens(image, config):
-    """Number of image tokens of a picture: (patches, grid), or (features, grid) if a frozen tower has seen it before."""
+    """Number of image tokens of an image: (patches, grid), or (features, grid) out of a feature cache."""
     if config.connector == 'qformer':
         return config.n_queries
     x, grid = image
@@ -154,29 +218,33 @@ def num_tokens(image, config):
 
 def collate(images, config):
     """
-    Pads the pictures of a batch, a list of (patches, grid), to the longest. Returns
-        patches  uint8 (N, L, D); of stored features, their dtype
+    Pads the images of a batch, a list of (patches, grid), to the longest. Returns
+        patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
-    No pictures at all become one that is nothing but padding: it adds no token, but the vision parameters stay part
-    of the graph, so that a batch of text on one rank does not leave the others waiting for gradients.
+    An empty list becomes one image that is only padding. It adds no token, but the vision parameters stay in the
+    graph: without them, a batch of text on one rank would leave the other ranks waiting for gradients.
     """
     if not images:
         patches, grid = preprocess(Image.new('RGB', (config.patch_width, config.patch_height)), config)
         images = [(patches, torch.full_like(grid, -1))]
-    first = images[0][0]
-    length = max(len(p) for p, _ in images)
-    patches = torch.zeros(len(images), length, first.shape[1], dtype=first.dtype)
-    grid = torch.full((len(images), length, 2), -1)
-    for i, (p, g) in enumerate(images):
-        patches[i, :len(p)], grid[i, :len(g)] = p, g
-    return patches, grid
+    patches, grids = zip(*images)
+    return pad_sequence(patches, batch_first=True), pad_sequence(grids, batch_first=True, padding_value=-1)
 
 
 # -----------------------------------------------------------------------------
-# the encoder
+# the encoder: a small ViT, trained from scratch
+
+class Freezable(nn.Module):
+    """A module that stays in eval mode while all of its weights are frozen, whatever is called on the model around it."""
+
+    fingerprint = ''  # of published weights (PretrainedEncoder)
+
+    def train(self, mode=True):
+        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
 
 class Block(nn.Module):
-    """A pre-norm Transformer block with bidirectional attention: every patch sees all patches of its own image."""
+    """A pre-norm Transformer block with bidirectional attention: every patch attends to all patches of its own image."""
 
     def __init__(self, width, n_head):
         super().__init__()
@@ -192,14 +260,14 @@ class Block(nn.Module):
         N, L, C = x.shape
         q, k, v = (t.view(N, L, self.n_head, C // self.n_head).transpose(1, 2)           # (N, nh, L, hs)
                    for t in self.c_attn(self.ln_1(x)).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                      # not causal: a picture has no order
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # not causal: an image has no order
         x = x + self.attn_proj(y.transpose(1, 2).reshape(N, L, C))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
 
 
-class ViT(nn.Module):
+class ViT(Freezable):
     """
-    Patches to features. A patch knows its place by the sum of a row and a column embedding, so any grid within
+    Patches to features. The position of a patch is the sum of a row and a column embedding, so any grid within
     max_image_tokens cells works and no position table has to be interpolated.
     """
 
@@ -208,11 +276,12 @@ class ViT(nn.Module):
         if config.vision_n_embd % config.vision_n_head:
             raise ValueError(f'vision_n_embd ({config.vision_n_embd}) must be a multiple of vision_n_head '
                              f'({config.vision_n_head})')
-        width, places = config.vision_n_embd, config.max_image_tokens * cell_size(config)
+        width = config.vision_n_embd
+        max_length = config.max_image_tokens * cell_size(config)
         self.width = width
         self.patch_embed = nn.Linear(config.patch_height * config.patch_width * 3, width)
-        self.row_embed = nn.Embedding(places, width)
-        self.col_embed = nn.Embedding(places, width)
+        self.row_embed = nn.Embedding(max_length, width)
+        self.col_embed = nn.Embedding(max_length, width)
         self.h = nn.ModuleList([Block(width, config.vision_n_head) for _ in range(config.vision_n_layer)])
         self.ln_f = nn.LayerNorm(width)
         for name, p in self.named_parameters():
@@ -222,156 +291,222 @@ class ViT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith('.bias'):
                 nn.init.zeros_(p)
-        # neighbouring places start out similar: sines and cosines, learnt from there on
+        # neighboring rows and columns start similar: sines and cosines, trained from there on
         for table in (self.row_embed, self.col_embed):
             with torch.no_grad():
-                table.weight.copy_(sinusoids(places, width))
+                table.weight.copy_(sinusoids(max_length, width))
 
     def forward(self, patches, grid):
+        """uint8 patches (N, L, D), grid (N, L, 2) -> features (N, L, C)."""
         valid = grid[..., 0] >= 0                                                        # (N, L)
         x = self.patch_embed(1 - patches.to(self.patch_embed.weight.dtype) / 255)        # (N, L, C), white is 0
         row, col = grid.clamp(min=0).unbind(-1)
         x = x + self.row_embed(row) + self.col_embed(col)
-        # a key must be a patch, not padding; each sees itself: not every kernel forgives a query without any key
-        mask = valid[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # (N, 1, L, L)
+        # padding is no key; each patch attends to itself, because not every kernel allows a query without any key
+        own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        mask = valid[:, None, None, :] | own                                             # (N, 1, L, L)
         for block in self.h:
             x = block(x, mask)
         return self.ln_f(x)                                                              # (N, L, C)
 
 
 def sinusoids(length, width, scale=0.3, period=200):
-    """(length, width) table of sines and cosines of falling frequency, of the usual RMS of an embedding, `scale`."""
-    angle = torch.arange(length)[:, None] * torch.exp(-math.log(period) * torch.arange(width // 2) / (width // 2))
-    return math.sqrt(2) * scale * F.pad(torch.cat([angle.sin(), angle.cos()], dim=1), (0, width % 2))
+    """(length, width) table of sines and cosines of falling frequency, with the RMS of an embedding, `scale`."""
+    frequency = torch.exp(-math.log(period) * torch.arange(width // 2) / (width // 2))
+    angle = torch.arange(length)[:, None] * frequency
+    table = torch.cat([angle.sin(), angle.cos()], dim=1)
+    return math.sqrt(2) * scale * F.pad(table, (0, width % 2))
 
 
-class Tower(nn.Module):
+# -----------------------------------------------------------------------------
+# the encoder: a published one
+
+class PretrainedEncoder(Freezable):
     """
-    The image tower of a model that others have trained, with its weights, and frozen unless vision_lr says otherwise:
+    The image tower of a published model, with its weights. The name says which:
 
         ViT-L-14-quickgelu/openai          open_clip's name and its tag; CLIP, SigLIP, SigLIP2, PE-Core, EVA, ...
         ViT-L-14-quickgelu/FILE            the same with weights from a local file
-        hf-hub:ORG/REPO, local-dir:FOLDER  as open_clip knows them
+        hf-hub:ORG/REPO, local-dir:FOLDER  as in open_clip
         timm/vit_small_patch14_dinov2.lvd142m, timm/NAME/FILE       any image model of timm
 
-    Its features are those of layer vision_layer: -2, the penultimate, is LLaVA's choice (the last one has been made for a
-    single vector); -1 is the last, behind the tower's own final norm. vision_cls keeps the class token, as a first image
-    token. What `preprocess` has to know of the tower (image_size, patch size, mean and std) is written into the config.
+    Its features are those of layer vision_layer: -2, the penultimate, is LLaVA's choice, because the last layer is
+    specialized in making a single vector; -1 is the last, after the tower's own final norm. vision_cls keeps the
+    class token, as a first image token. Parameters that have no effect on that layer are parameters no longer: they
+    would never get a gradient, and DDP would wait for it.
 
-    Raises ValueError if there is no such model, its weights cannot be had, or its name asks for another activation than
-    its weights were trained with: OpenAI's need the names with "quickgelu".
+    The config has to be complete (`complete_config`). Raises ValueError if there is no such model or its weights
+    cannot be read.
     """
 
     def __init__(self, config, load=True):
         super().__init__()
         if config.vision_cls and config.connector == 'pool':
-            raise ValueError('vision_cls and connector pool exclude one another: a class token is in no cell of patches')
+            raise ValueError('vision_cls does not work with connector pool: a class token is in no cell of patches')
         self.config = config
-        try:
-            self.tower, seen = open_tower(config.vision_encoder, load)
-        except ValueError:
-            raise
-        except Exception as error:  # open_clip, timm and the hub's client have many of their own
-            raise ValueError(f'{config.vision_encoder} cannot be loaded ({str(error).splitlines()[0]}): a name like '
-                             'ViT-L-14-quickgelu/openai is downloaded once, so connect, or name a file of its weights, '
-                             '--vision_encoder=ViT-L-14-quickgelu/FILE.safetensors') from error
-        trunk = getattr(self.tower, 'trunk', self.tower)  # open_clip wraps timm's towers
-        if config.vision_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
-            raise ValueError(f'{config.vision_encoder} has no class token: leave vision_cls out')
-        if not config.image_size:
-            config.image_size, config.image_mean, config.image_std = seen
-        self.eval()
-        with torch.no_grad():  # one look at nothing tells the grid and the width of any tower, Transformer or not
-            _, self.width, self.side, _ = self.look(torch.zeros(1, 3, config.image_size, config.image_size))[0].shape
-        config.patch_height = config.patch_width = config.image_size // self.side
-        grid = preprocess(Image.new('RGB', (8, 8)), config)[1][int(config.vision_cls):]
-        place = torch.where(grid[:, 0] < 0, 10**9, grid[:, 0] * self.side + grid[:, 1])
-        # where in the order of `preprocess`, which is cell by cell, the patches stand that the tower wants row by row
-        self.register_buffer('order', place.argsort()[:self.side ** 2] + int(config.vision_cls), persistent=False)
-
-    def look(self, x):
-        """Pixels (N, 3, S, S), normalised, to the chosen layer's features (N, C, rows, cols) and the class token or None."""
-        last = self.config.vision_layer == -1
-        kinds = dict(indices=[self.config.vision_layer], output_fmt='NCHW', intermediates_only=True, stop_early=True)
-        cls = self.config.vision_cls
-        if hasattr(self.tower, 'preprocess_cfg'):  # open_clip's
-            out = self.tower.forward_intermediates(x, normalize_intermediates=last, output_extra_tokens=cls, **kinds)
-            x, prefix = out['image_intermediates'][0], out.get('image_intermediates_prefix', [None])[0]
-        else:
-            x = self.tower.forward_intermediates(x, norm=last, **kinds, **({'return_prefix_tokens': True} if cls else {}))[0]
-            x, prefix = x if cls else (x, None)
-        return x, prefix
+        self.width, self.side, unused = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
+        self.tower = open_tower(config.vision_encoder, load)
+        for name in unused:
+            module_name, _, last = name.rpartition('.')
+            module = self.tower.get_submodule(module_name)
+            module.register_buffer(last, module._parameters.pop(last).data, persistent=False)
+        # identifies weights that are stored elsewhere, under this name
+        self.fingerprint = fingerprint(self.tower.state_dict()) if load else ''
+        grid = preprocess(Image.new('RGB', (8, 8)), config)[1][int(config.vision_cls):]  # (L, 2), cell by cell
+        row_by_row = torch.where(grid[:, 0] < 0, 10**9, grid[:, 0] * self.side + grid[:, 1])
+        # the index of each patch that the tower reads row by row in the order of `preprocess`, which is cell by cell
+        order = row_by_row.argsort()[:self.side ** 2] + int(config.vision_cls)
+        self.register_buffer('order', order, persistent=False)
 
     def forward(self, patches, grid):
+        """uint8 patches (N, L, D), grid (N, L, 2) -> features (N, L, C)."""
         config, side, p = self.config, self.side, self.config.patch_width
         N, L, _ = patches.shape
-        x = patches[:, self.order].view(N, side, side, p, p, 3).permute(0, 5, 1, 3, 2, 4)  # (N, 3, side, p, side, p)
+        x = patches[:, self.order].view(N, side, side, p, p, 3)
+        x = x.permute(0, 5, 1, 3, 2, 4)                                                  # (N, 3, side, p, side, p)
         x = x.reshape(N, 3, side * p, side * p).float() / 255
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (config.image_mean, config.image_std))
-        rim = config.image_size - side * p  # pixels behind the last whole patch, which no patch looks at
-        x, prefix = self.look(F.pad((x - mean) / std, (0, rim, 0, rim)))
+        margin = config.image_size - side * p  # pixels after the last whole patch, which belong to no patch
+        x = F.pad((x - mean) / std, (0, margin, 0, margin))
+        x, cls = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
         out = x.new_zeros(N, L, self.width)
         out[:, self.order] = x.flatten(2).transpose(1, 2)                                # (N, L, C)
-        if prefix is not None:
-            out[:, 0] = prefix[:, 0]
+        if cls is not None:
+            out[:, 0] = cls[:, 0]
         return out
 
-    def train(self, mode=True):
-        """Frozen, it stays in eval mode, whatever is called on the model around it."""
-        return super().train(mode and any(p.requires_grad for p in self.parameters()))
+
+def forward_features(tower, x, layer, keep_cls):
+    """Normalized pixels (N, 3, S, S) -> features of that layer (N, C, rows, cols), class token (N, 1, C) or None."""
+    options = dict(indices=[layer], output_fmt='NCHW', intermediates_only=True, stop_early=True)
+    if hasattr(tower, 'preprocess_cfg'):  # open_clip's
+        out = tower.forward_intermediates(x, normalize_intermediates=layer == -1, output_extra_tokens=keep_cls, **options)
+        return out['image_intermediates'][0], out.get('image_intermediates_prefix', [None])[0]
+    if keep_cls:
+        options['return_prefix_tokens'] = True
+    out = tower.forward_intermediates(x, norm=layer == -1, **options)[0]
+    return out if keep_cls else (out, None)
 
 
-def open_tower(name, load):
-    """The named image tower, and its (image size, mean, std). Without `load` its weights are random, nothing is read."""
+def complete_config(config):
+    """
+    The config with what a pretrained encoder determines: image_size, image_mean, image_std, patch_height, patch_width.
+    Reads no weights. Any other config is returned as it is. Raises ValueError if there is no such encoder, or its
+    name asks for another activation than its weights were trained with: OpenAI's need the names with "quickgelu".
+    """
+    if not is_pretrained(config) or config.image_size:  # an image_size comes with a checkpoint, which has the rest too
+        return config
+    size, mean, std = tower_preprocessing(config.vision_encoder)
+    _, side, _ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
+    patch = size // side
+    return replace(config, image_size=size, image_mean=mean, image_std=std, patch_height=patch, patch_width=patch)
+
+
+@functools.lru_cache
+def tower_shape(name, layer, keep_cls):
+    """
+    (width, rows of the grid of patches, names of the parameters without an effect) of a tower:
+    found by one forward and backward pass of a copy on the meta device, which has shapes and no numbers.
+    """
+    size, *_ = tower_preprocessing(name)
+    tower = open_tower(name, load=False, device='meta')
+    trunk = getattr(tower, 'trunk', tower)  # open_clip wraps timm's towers
+    if keep_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
+        raise ValueError(f'{name} has no class token: leave vision_cls out')
+    x, cls = forward_features(tower.eval(), torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
+    (x.sum() if cls is None else x.sum() + cls.sum()).backward()
+    unused = [name for name, p in tower.named_parameters() if p.grad is None]
+    return x.shape[1], x.shape[2], unused
+
+
+def open_tower(name, load, device='cpu'):
+    """The named image tower. Without `load` its weights are random and nothing is read."""
+    try:
+        with torch.device(device):
+            if name.startswith('timm/'):
+                import timm
+                model, _, path = name[5:].partition('/')
+                overlay = dict(file=check_file(path)) if path and load else None
+                return timm.create_model(model, pretrained=load, num_classes=0, pretrained_cfg_overlay=overlay)
+            import open_clip  # takes some seconds
+            if name.startswith(('hf-hub:', 'local-dir:')):
+                return open_clip.create_model(name, load_weights=load, require_pretrained=load, device=device).visual
+            model, _, tag = name.partition('/')
+            # the text tower comes along, and is dropped on leaving this line
+            return open_clip.create_model(model, pretrained=tag if load else None, pretrained_text=False,
+                                          require_pretrained=load, device=device).visual
+    except Exception as error:  # open_clip, timm and the hub's client raise many of their own
+        raise ValueError(f'{name} cannot be loaded ({str(error).splitlines()[0]}): a name like '
+                         'ViT-L-14-quickgelu/openai is downloaded once, so connect, or name a file of its weights, '
+                         '--vision_encoder=ViT-L-14-quickgelu/FILE.safetensors') from error
+
+
+@functools.lru_cache
+def tower_preprocessing(name):
+    """(image size, mean, std) of the images that the named tower was trained on. Checks the name first."""
     if name.startswith('timm/'):
         import timm
-        model, _, path = name[5:].partition('/')
+        model = name[5:].partition('/')[0]
         if not timm.is_model(model):
-            raise ValueError(f'{name} is not a model of timm{nearest(model.partition(".")[0], timm.list_models())}')
-        tower = timm.create_model(model, pretrained=load, num_classes=0,
-                                  pretrained_cfg_overlay=dict(file=local(path)) if path else None)
-        data = timm.data.resolve_model_data_config(tower)
-        return tower, (data['input_size'][-1], data['mean'], data['std'])
-    import open_clip  # takes some seconds
-    if name.startswith(('hf-hub:', 'local-dir:')):
-        tower = open_clip.create_model(name, load_weights=load, require_pretrained=load).visual
-    else:
+            raise ValueError(f'{name} is not a model of timm{did_you_mean(model.partition(".")[0], timm.list_models())}')
+        data = timm.data.resolve_model_data_config(open_tower(name, load=False, device='meta'))
+        return data['input_size'][-1], data['mean'], data['std']
+    import open_clip
+    published = {}
+    if not name.startswith(('hf-hub:', 'local-dir:')):
         model, _, tag = name.partition('/')
-        wants, known = open_clip.get_model_config(model), open_clip.get_pretrained_cfg(model, tag)
-        if wants is None:
-            raise ValueError(f'{name} is not a model of open_clip{nearest(model, open_clip.list_models())}')
-        if not known and load:  # a file; its configuration is beside it if it came from the hub
-            beside = os.path.join(os.path.dirname(local(tag)), 'open_clip_config.json')
-            if os.path.isfile(beside):
-                with open(beside, encoding='utf-8') as f:
-                    published = json.load(f)
-                known = {**published.get('preprocess_cfg', {}), 'quick_gelu': published['model_cfg'].get('quick_gelu', False)}
-        if known and known.get('quick_gelu', False) != wants.get('quick_gelu', False):
-            other = model.replace('-quickgelu', '') if wants.get('quick_gelu') else f'{model}-quickgelu'
-            raise ValueError(f'{name} would run with another activation than its weights were trained with: take {other}/{tag}')
-        # the text tower comes along, and is forgotten on leaving this line
-        colours = {key: known[key] for key in ('mean', 'std') if known and key in known}
-        tower = open_clip.create_model(model, pretrained=tag if load else None, pretrained_text=False, require_pretrained=load,
-                                       force_preprocess_cfg=colours).visual
-    seen = tower.preprocess_cfg
-    size = seen['size'] if isinstance(seen['size'], int) else seen['size'][0]
-    return tower, (size, tuple(seen['mean']), tuple(seen['std']))
+        if open_clip.get_model_config(model) is None:
+            raise ValueError(f'{name} is not a model of open_clip{did_you_mean(model, open_clip.list_models())}')
+        published = open_clip.get_pretrained_cfg(model, tag) or file_preprocessing(name)
+        wants_quick_gelu = open_clip.get_model_config(model).get('quick_gelu', False)
+        if published.get('quick_gelu', wants_quick_gelu) != wants_quick_gelu:
+            other = model.replace('-quickgelu', '') if wants_quick_gelu else f'{model}-quickgelu'
+            raise ValueError(f'{name} would run with another activation than its weights were trained with: take '
+                             f'{other}/{tag}')
+    own = open_tower(name, load=False, device='meta').preprocess_cfg
+    size = own['size'] if isinstance(own['size'], int) else own['size'][0]
+    return size, tuple(published.get('mean', own['mean'])), tuple(published.get('std', own['std']))
 
 
-def nearest(word, words):
-    near = difflib.get_close_matches(word, words, n=3)
-    return f': did you mean {" or ".join(near)}?' if near else ''
+def file_preprocessing(name):
+    """
+    What is known of the weights in a local file, NAME/FILE: from the open_clip_config.json next to it, or from the
+    published weights of the same model, if all of them agree. Otherwise {}, and a note says what is assumed.
+    """
+    import open_clip
+    model, _, path = name.partition('/')
+    if not path:  # random weights
+        return {}
+    config_path = os.path.join(os.path.dirname(check_file(path)), 'open_clip_config.json')
+    if os.path.isfile(config_path):
+        with open(config_path, encoding='utf-8') as f:
+            config = json.load(f)
+        quick_gelu = config['model_cfg'].get('quick_gelu', False)
+        return {**config.get('preprocess_cfg', {}), 'quick_gelu': quick_gelu}
+    tags = [open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
+    stats = {(tag['mean'], tag['std']) for tag in tags}
+    if len(stats) != 1:
+        print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are assumed: put '
+              'its open_clip_config.json next to it', file=sys.stderr)
+        return {}
+    mean, std = stats.pop()
+    return {'mean': mean, 'std': std}
 
 
-def local(path):
+def did_you_mean(word, words):
+    close = difflib.get_close_matches(word, words, n=3)
+    return f': did you mean {" or ".join(close)}?' if close else ''
+
+
+def check_file(path):
     """The path, if there is such a file."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path!r} is neither a tag of its weights nor a file')
+        raise ValueError(f'{path!r} is neither a tag of its weights nor a file')
     return path
 
 
 def fingerprint(tensors):
-    """16 hex digits that tell one set of named tensors from another; a checkpoint that leaves them out names them by it."""
+    """16 hex digits that identify a set of named tensors; a checkpoint that leaves them out refers to them by it."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -386,18 +521,20 @@ def pool(x, grid, k):
     """Features (N, L, C) to the mean of each cell of k x k patches (N, L / k^2, C), and which cells hold any, bool."""
     N, L, C = x.shape
     valid = (grid[..., 0] >= 0).view(N, L // k**2, k**2, 1)                              # (N, L', k*k, 1)
-    # a cell at the border of a picture holds fewer patches: its mean is over those
-    mean = (x.view(N, L // k**2, k**2, C) * valid).sum(2) / valid.sum(2).clamp(min=1)    # (N, L', C)
-    return mean, valid.any(2).squeeze(-1)
+    # a cell at the border of an image holds fewer patches: its mean is over those
+    total = (x.view(N, L // k**2, k**2, C) * valid).sum(2)                               # (N, L', C)
+    return total / valid.sum(2).clamp(min=1), valid.any(2).squeeze(-1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to `context`, which is x itself or an image, and the sum of both, normalised as in BERT."""
+    """Multi-head attention of x to `context`, which is x itself or an image; residual and post-norm as in BERT."""
 
     def __init__(self, width, context_width, n_head):
         super().__init__()
         self.n_head = n_head
-        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(context_width, width), nn.Linear(context_width, width)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(context_width, width)
+        self.v = nn.Linear(context_width, width)
         self.proj = nn.Linear(width, width)
         self.ln = nn.LayerNorm(width, eps=1e-12)
 
@@ -409,11 +546,12 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """BERT's: two layers, and the sum with what they were given, normalised."""
+    """BERT's: two layers, residual and post-norm."""
 
     def __init__(self, width):
         super().__init__()
-        self.fc, self.proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc = nn.Linear(width, 4 * width)
+        self.proj = nn.Linear(4 * width, width)
         self.ln = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x):
@@ -422,17 +560,17 @@ class FeedForward(nn.Module):
 
 class QFormerBlock(nn.Module):
     """
-    Queries and text go through one self-attention, whose mask says who sees whom. Then the ways part: queries look at the
-    image, if this layer does, and each kind has a feed-forward network of its own.
+    Queries and text share one self-attention, whose mask says which attends to which. Then queries attend to the image,
+    if this layer has cross-attention. Queries and text have feed-forward networks of their own.
     """
 
-    def __init__(self, config, image_width, looks, reads):
+    def __init__(self, config, image_width, has_cross_attn, has_text_mlp):
         super().__init__()
         width, n_head = config.qformer_n_embd, config.qformer_n_head
         self.attn = Attention(width, width, n_head)
-        self.cross_attn = Attention(width, image_width, n_head) if looks else None
+        self.cross_attn = Attention(width, image_width, n_head) if has_cross_attn else None
         self.query_mlp = FeedForward(width)
-        self.text_mlp = FeedForward(width) if reads else None
+        self.text_mlp = FeedForward(width) if has_text_mlp else None
 
     def forward(self, x, n_queries, mask, image, image_mask):
         x = self.attn(x, x, mask)                                                        # (N, K + T, C)
@@ -444,10 +582,10 @@ class QFormerBlock(nn.Module):
         return torch.cat([queries, self.text_mlp(text)], dim=1) if text.shape[1] else queries
 
 
-def qformer_mask(kind, n_queries, valid):
+def qformer_mask(objective, n_queries, valid):
     """
-    Who sees whom in the Q-Former's self-attention, bool (N, 1, K + T, K + T), for texts of which `valid`, bool (N, T), is not
-    padding. Rows look, columns are looked at; here with two queries and three tokens:
+    Which position attends to which in the Q-Former's self-attention, bool (N, 1, K + T, K + T), for texts of which
+    `valid`, bool (N, T), is not padding. A row attends to the columns with a 1; here with two queries and three tokens:
 
         itc  q q t t t      itm  q q t t t      itg  q q t t t
            q 1 1 . . .         q 1 1 1 1 1         q 1 1 . . .
@@ -456,46 +594,48 @@ def qformer_mask(kind, n_queries, valid):
            t . . 1 1 1         t 1 1 1 1 1         t 1 1 1 1 .
            t . . 1 1 1         t 1 1 1 1 1         t 1 1 1 1 1
 
-    itc  neither kind sees the other: what two vectors have in common must not have been whispered across
-    itm  everyone sees everyone: do they belong together?
-    itg  the text is written word by word, from what the queries have seen, and they must not see it
+    itc  image and caption are compared as two embeddings: no information may leak between them
+    itm  do image and caption match? Everything attends to everything
+    itg  the caption is generated token by token from the queries, which must not see it
     """
-    N, T = valid.shape
+    _, T = valid.shape
     K = n_queries
     mask = torch.ones(K + T, K + T, dtype=torch.bool, device=valid.device)
-    if kind in ('itc', 'itg'):
+    if objective in ('itc', 'itg'):
         mask[:K, K:] = False
-    if kind == 'itc':
+    if objective == 'itc':
         mask[K:, :K] = False
-    elif kind == 'itg':
+    elif objective == 'itg':
         mask[K:, K:] = mask[K:, K:].tril()
-    real = F.pad(valid, (K, 0), value=True)[:, None, None, :]                            # (N, 1, 1, K + T)
-    return mask & real | torch.eye(K + T, dtype=torch.bool, device=valid.device)  # each sees itself, padding too
+    not_padding = F.pad(valid, (K, 0), value=True)[:, None, None, :]                     # (N, 1, 1, K + T)
+    own = torch.eye(K + T, dtype=torch.bool, device=valid.device)  # each attends to itself, padding too
+    return mask & not_padding | own
 
 
-class QFormer(nn.Module):
+class QFormer(Freezable):
     """
-    BLIP-2's Querying Transformer: n_queries learned vectors that ask an image, and what they have found. A BERT in which
-    every qformer_cross-th layer, from the first on, lets the queries look at the image. With vocab_size > 0 it reads text
-    too, which the first stage of training needs; as a connector it does not.
+    BLIP-2's Querying Transformer: n_queries learned vectors that attend to an image and carry what they read. A BERT in
+    which the queries attend to the image in every qformer_cross_every-th layer, from the first on. With vocab_size > 0
+    it reads text too, which the first stage of training needs; as a connector it does not.
 
-    forward(image (N, L, D), valid (N, L), ids (N, T)) -> queries (N, K, C), text (N, T, C). Without an image (None) there are
-    no queries, without ids no text. ids are padded with -1, image tokens by `valid`; kind as in `qformer_mask`.
+    forward(image (N, L, D), valid (N, L), ids (N, T)) -> queries (N, K, C), text (N, T, C). Without an image (None)
+    there are no queries, without ids no text. ids are padded with -1, features of images by `valid`; objective as in
+    `qformer_mask`.
     """
 
-    def __init__(self, config, image_width, vocab_size=0, block_size=0):
+    def __init__(self, config, image_width, vocab_size=0):
         super().__init__()
         width, n_layer = config.qformer_n_embd, config.qformer_n_layer
         if width % config.qformer_n_head:
             raise ValueError(f'qformer_n_embd ({width}) must be a multiple of qformer_n_head ({config.qformer_n_head})')
-        if config.n_queries < 1 or n_layer < 1 or config.qformer_cross < 1:
-            raise ValueError('a Q-Former needs n_queries, qformer_n_layer and qformer_cross of at least 1')
+        if config.n_queries < 1 or n_layer < 1 or config.qformer_cross_every < 1:
+            raise ValueError('a Q-Former needs n_queries, qformer_n_layer and qformer_cross_every of at least 1')
         self.ln_image = nn.LayerNorm(image_width, eps=1e-6)
         self.queries = nn.Parameter(torch.empty(config.n_queries, width))
         self.wte = nn.Embedding(vocab_size, width) if vocab_size else None
-        self.wpe = nn.Embedding(block_size, width) if vocab_size else None
+        self.wpe = nn.Embedding(config.block_size, width) if vocab_size else None
         self.ln_embed = nn.LayerNorm(width, eps=1e-12)
-        self.h = nn.ModuleList([QFormerBlock(config, image_width, i % config.qformer_cross == 0, vocab_size > 0)
+        self.h = nn.ModuleList([QFormerBlock(config, image_width, i % config.qformer_cross_every == 0, vocab_size > 0)
                                 for i in range(n_layer)])
         for name, p in self.named_parameters():  # as BERT's
             if p.dim() == 2:
@@ -503,18 +643,19 @@ class QFormer(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def forward(self, image=None, valid=None, ids=None, kind='itc'):
+    def forward(self, image=None, valid=None, ids=None, objective='itc'):
         N = len(image if ids is None else ids)
         K = 0 if image is None else len(self.queries)
         x = self.queries[:K].expand(N, -1, -1)                                           # (N, K, C)
-        real = torch.ones(N, 0, dtype=torch.bool, device=x.device) if ids is None else ids >= 0  # (N, T)
+        is_text = torch.ones(N, 0, dtype=torch.bool, device=x.device) if ids is None else ids >= 0  # (N, T)
         if ids is not None:
             text = self.wte(ids.clamp(min=0)) + self.wpe.weight[:ids.shape[1]]           # (N, T, C)
             x = torch.cat([x, text], dim=1)
-        x, mask = self.ln_embed(x), qformer_mask(kind, K, real)
+        x = self.ln_embed(x)
+        mask = qformer_mask(objective, K, is_text)
         if image is not None:
             image = self.ln_image(image)
-            # a picture that is only padding has nothing to be looked at, but softmax wants something
+            # an image that is only padding has nothing to attend to, but softmax needs something
             valid = valid | ~valid.any(1, keepdim=True)
             valid = valid[:, None, None, :]                                              # (N, 1, 1, L)
         for block in self.h:
@@ -522,13 +663,13 @@ class QFormer(nn.Module):
         return x[:, :K], x[:, K:]
 
 
-class Connector(nn.Module):
+class Connector(Freezable):
     """
     Features (N, L, C) to embeddings (N, L, n_embd).
 
     linear   one matrix: LLaVA's first
     mlp      Linear, GELU, Linear: LLaVA-1.5's mlp2x_gelu
-    pool     the same mlp, on what `pool` has left
+    pool     the same mlp, on the means that `pool` makes
     qformer  the same mlp, on the queries of a Q-Former
     """
 
@@ -536,9 +677,10 @@ class Connector(nn.Module):
         super().__init__()
         if config.connector not in ('linear', 'mlp', 'pool', 'qformer'):
             raise ValueError(f'connector must be linear, mlp, pool or qformer, got {config.connector!r}')
-        out = nn.Linear(width if config.connector == 'linear' else config.n_embd, config.n_embd)
-        self.net = nn.Sequential(out) if config.connector == 'linear' else nn.Sequential(
-            nn.Linear(width, config.n_embd), nn.GELU(), out)
+        if config.connector == 'linear':
+            self.net = nn.Sequential(nn.Linear(width, config.n_embd))
+        else:
+            self.net = nn.Sequential(nn.Linear(width, config.n_embd), nn.GELU(), nn.Linear(config.n_embd, config.n_embd))
 
     def forward(self, x):
         return self.net(x)
@@ -546,35 +688,29 @@ class Connector(nn.Module):
 
 class Vision(nn.Module):
     """
-    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd) and their validity (N, L'). In the place
-    of patches there may be the pooled features of a frozen tower, stored before: the tower then has nothing to do.
-    `load` reads a tower's weights; if they come from a checkpoint there is no need to.
+    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd) and their validity (N, L'). Cached
+    features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
+    load=False reads no published weights: those of a checkpoint come next. With pretraining=True, in BLIP-2's first
+    stage, there is no GPT to connect to, and the Q-Former reads text itself.
     """
 
-    def __init__(self, config, load=True):
+    def __init__(self, config, load=True, pretraining=False):
         super().__init__()
-        if config.vision_encoder != 'vit' and not is_tower(config):
-            raise ValueError('vision_encoder must be vit, a tower of open_clip like ViT-L-14-quickgelu/openai, or one of '
+        if config.vision_encoder != 'vit' and not is_pretrained(config):
+            raise ValueError('vision_encoder must be vit, an encoder of open_clip like ViT-L-14-quickgelu/openai, or one of '
                              f'timm like timm/vit_small_patch14_dinov2.lvd142m, got {config.vision_encoder!r}')
         self.config = config
-        self.encoder = Tower(config, load) if is_tower(config) else ViT(config)
-        # without a GPT behind it, in BLIP-2's first stage, there is nothing to connect to, and the Q-Former reads text itself
-        alone = config.objective != 'lm'
-        self.qformer = self.connector = None
-        if alone or config.connector == 'qformer':
-            self.qformer = QFormer(config, self.encoder.width, (config.vocab_size + 2) * alone, config.block_size)
-        if not alone:
-            self.connector = Connector(config, config.qformer_n_embd if self.qformer else self.encoder.width)
-        if is_tower(config) and load:
-            found = fingerprint(self.encoder.state_dict())
-            if config.vision_fingerprint not in ('', found):
-                raise ValueError(f'{config.vision_encoder}: these are not the weights that the model was trained with '
-                                 f'(fingerprint {found}, expected {config.vision_fingerprint})')
-            config.vision_fingerprint = found
+        self.encoder = PretrainedEncoder(config, load) if is_pretrained(config) else ViT(config)
+        width = self.encoder.width
+        self.qformer = None
+        if config.connector == 'qformer':
+            self.qformer = QFormer(config, width, config.vocab_size + 2 if pretraining else 0)
+            width = config.qformer_n_embd
+        self.connector = None if pretraining else Connector(config, width)
 
     def features(self, patches, grid):
-        """What the connector or the Q-Former gets: (N, L', C), and which of it is real."""
-        if patches.is_floating_point():  # stored before
+        """The input of the connector or the Q-Former: features (N, L', C), and which are valid (N, L')."""
+        if patches.is_floating_point():  # out of a feature cache
             return patches.float(), grid[..., 0] >= 0
         return pool(self.encoder(patches, grid), grid, cell_size(self.config))
 
@@ -582,44 +718,15 @@ class Vision(nn.Module):
         x, valid = self.features(patches, grid)
         if self.qformer is not None:
             x, _ = self.qformer(x, valid)
-            valid = valid.any(1, keepdim=True).expand(-1, x.shape[1])  # all queries of a picture, none of mere padding
+            valid = valid.any(1, keepdim=True).expand(-1, x.shape[1])  # all queries of an image, none of mere padding
         return self.connector(x), valid
-
-    @torch.no_grad()
-    def take(self, state, source):
-        """
-        The small ViT and the Q-Former of another model's state_dict become this one's, whichever it has; the connector stays.
-        A Q-Former's text side is taken only where there is one on both sides. Raises ValueError if one of them has other
-        tensors than this one's, which are listed.
-        """
-        theirs = {name.removeprefix('vision.'): p for name, p in state.items() if name.startswith('vision.')}
-        text = ('wte.', 'wpe.', 'text_mlp.')
-        own, wrong = {}, []
-        for name, p in self.state_dict().items():
-            part = name.partition('.')[0]
-            if part == 'connector' or not any(n.startswith(part + '.') for n in theirs):
-                continue
-            is_text = any(word in name for word in text) and part == 'qformer'
-            if name in theirs and theirs[name].shape == p.shape:
-                own[name] = theirs.pop(name)
-            elif name in theirs:
-                wrong.append(f'{name} is {tuple(theirs.pop(name).shape)}, not {tuple(p.shape)}')
-            elif not is_text:
-                wrong.append(f'missing {name}')
-        wrong += [f'unexpected {name}' for name in theirs if name.partition('.')[0] in ('encoder', 'qformer')
-                  and hasattr(self, name.partition('.')[0]) and not any(word in name for word in text)]
-        if wrong or not own:
-            raise ValueError(f'{source} does not hold the eyes that this run asks for: ' +
-                             ('; '.join(wrong) or 'neither a small ViT nor a Q-Former'))
-        self.load_state_dict(own, strict=False)
-        return sorted({name.partition('.')[0] for name in own})
 
     @torch.no_grad()
     def match_rms(self, rms):
         """
-        Scales the connector's last layer so that image tokens enter a trained GPT as large as its token embeddings, RMS
-        `rms`, measured on a seeded picture of soft blots. A GPT is deaf to what is much smaller, and far too large
-        a vector at the start drowns the words around it.
+        Scales the connector's last layer so that image embeddings enter a trained GPT with the RMS of its token
+        embeddings, `rms`, measured on a seeded image of soft blots. If image embeddings are much smaller or larger
+        than token embeddings, training starts badly.
         """
         blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         image = Image.fromarray(blots).resize((224, 224), Image.Resampling.BICUBIC)
@@ -628,3 +735,178 @@ class Vision(nn.Module):
         scale = rms / emb[valid].square().mean().sqrt()
         last.weight.mul_(scale)
         last.bias.mul_(scale)
+
+
+def group_parameters(model):
+    """{part: {name: parameter}} of a model: the parts that can have a learning rate each, in the order of the data."""
+    groups = {'vision': {}, 'qformer': {}, 'connector': {}, 'gpt': {}}
+    for name, p in model.named_parameters():
+        part = name.split('.')[1] if name.startswith('vision.') else 'gpt'
+        groups['vision' if part == 'encoder' else part][name] = p
+    return groups
+
+
+# -----------------------------------------------------------------------------
+# BLIP-2's first stage: encoder and Q-Former, without a GPT
+
+class QFormerPretraining(nn.Module):
+    """
+    Trains encoder and Q-Former on images and their captions by up to three objectives (config.objective), as BLIP-2
+    does; a GPT can then take both over (train.py's vision_from).
+
+        itc  contrast: image and caption become embeddings (proj_dim). Each image has to find its caption among those of
+             all ranks, and each caption its image. The similarity is that of the query closest to the caption
+        itm  matching: does this caption belong to this image? Asked of the pair, of the image with a wrong caption, and
+             of the caption with a wrong image, both sampled from those that ITC finds most similar in the micro-batch
+        itg  generation: the caption token by token, from what the queries read
+
+    It has the contract of model.py's GPT. Its batches are those of a GPT: the caption of a row is what a GPT would
+    learn to generate after the row's one image. Two ids of its own, CLS and DEC, are prepended to a caption that is
+    compared, and to one that is generated. Raises ValueError for an unknown objective.
+    """
+
+    smoothing = 0.1  # of the labels of ITC and ITG
+
+    def __init__(self, config, load=True):
+        super().__init__()
+        self.objectives = config.objective.split('+')
+        if self.objectives not in (['itc'], ['itc', 'itm'], ['itc', 'itm', 'itg']):
+            raise ValueError(f'objective must be lm, itc, itc+itm or itc+itm+itg, got {config.objective!r}')
+        if not config.vision_encoder or config.connector != 'qformer':
+            raise ValueError(f'objective {config.objective} trains a Q-Former on top of an encoder: set --connector=qformer '
+                             'and a --vision_encoder')
+        self.config = config
+        width = config.qformer_n_embd
+        self.cls = config.vocab_size
+        self.dec = config.vocab_size + 1
+        self.vision = Vision(config, load, pretraining=True)
+        self.image_proj = nn.Linear(width, config.proj_dim)
+        self.text_proj = nn.Linear(width, config.proj_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # one over the temperature
+        if 'itm' in self.objectives:
+            self.itm_head = nn.Linear(width, 2)
+        if 'itg' in self.objectives:
+            self.itg_head = nn.Linear(width, width)  # before the tokens' own embeddings, as BERT's
+
+    param_groups = group_parameters  # the part 'gpt' is the heads
+    base_model = None
+
+    def image_embeds(self, images):
+        """(patches, grid) of vision.collate -> an embedding of length 1 for each query, (N, K, proj_dim)."""
+        return self.project_image(*self.vision.features(*images))
+
+    def project_image(self, features, valid):
+        queries, _ = self.vision.qformer(features, valid)
+        return F.normalize(self.image_proj(queries), dim=-1)                             # (N, K, proj_dim)
+
+    def text_embeds(self, ids):
+        """Captions (N, T), padded with -1 -> an embedding of length 1 each, (N, proj_dim)."""
+        _, text = self.vision.qformer(ids=self.prepend_token(ids, self.cls))
+        return F.normalize(self.text_proj(text[:, 0]), dim=-1)
+
+    def prepend_token(self, ids, token):
+        """Captions (N, T) after an opening token, (N, T + 1)."""
+        return F.pad(ids, (1, 0), value=token)[:, :self.config.block_size]
+
+    def loss_weight(self, batch):
+        """What the losses of a batch are summed over: its pairs."""
+        return len(batch['idx'])
+
+    def captions(self, batch):
+        """
+        The ids in the loss, (B, block_size), padded with -1. Raises ValueError unless each row has one image and a
+        caption. The images of a row are counted by their <image> ids, n_queries each.
+        """
+        idx, targets = batch['idx'], batch['targets']
+        n_images = (idx == self.config.image_token).sum(1) / self.config.n_queries       # (B)
+        length = (targets >= 0).sum(1)                                                   # (B)
+        wrong = (n_images != 1) | (length < 2)  # the end token alone is no caption
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, but an example '
+                             f'has {int(n_images[row])} images and a caption of {max(0, int(length[row]) - 1)} tokens')
+        order = torch.argsort((targets < 0).long(), dim=1, stable=True)  # brings the caption to the front
+        ids = targets.gather(1, order)[:, :self.config.block_size]
+        return F.pad(ids, (0, self.config.block_size - ids.shape[1]), value=-1)
+
+    def forward(self, batch):
+        """A batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs B}."""
+        ids = self.captions(batch)                                                       # (B, block_size)
+        features, valid = self.vision.features(*batch['images'])
+        losses = {}
+        losses['itc'], to_text, to_image, same = self.contrast(features, valid, ids)
+        if 'itm' in self.objectives:
+            losses['itm'] = self.match(features, valid, ids, to_text, to_image, same)
+        if 'itg' in self.objectives:
+            losses['itg'] = self.generate(features, valid, ids)
+        return {name: loss * len(ids) for name, loss in losses.items()}
+
+    def contrast(self, features, valid, ids):
+        """
+        ITC: its loss, and of this rank's own pairs the similarities image to text and text to image, and which captions
+        are the same, (B, B) each.
+        """
+        B = len(ids)
+        image = self.project_image(features, valid)                                      # (B, K, D)
+        text = self.text_embeds(ids)                                                     # (B, D)
+        all_embeds, all_ids, rank_offset = torch.cat([image, text[:, None]], dim=1), ids, 0  # (A, K + 1, D), (A, block_size)
+        if self.training and dist.is_initialized():
+            all_embeds = Gather.apply(all_embeds)
+            all_ids = Gather.apply(ids)
+            rank_offset = dist.get_rank() * B
+        # of two images with the same caption neither is wrong
+        same = (ids[:, None] == all_ids).all(-1)                                         # (B, A)
+        targets = same / same.sum(1, keepdim=True)
+        scale = self.logit_scale.exp().clamp(max=100)
+        to_text = scale * torch.einsum('bkd,ad->bak', image, all_embeds[:, -1]).amax(-1)  # (B, A)
+        to_image = scale * torch.einsum('bd,akd->bak', text, all_embeds[:, :-1]).amax(-1)  # (B, A)
+        loss = sum(F.cross_entropy(s.float(), targets, label_smoothing=self.smoothing) for s in (to_text, to_image)) / 2
+        own = slice(rank_offset, rank_offset + B)
+        return loss, to_text[:, own], to_image[:, own], same[:, own]
+
+    def match(self, features, valid, ids, to_text, to_image, same):
+        """ITM: matching pairs and hard negatives, 1 to 2. A row all of whose captions are the same has no negatives."""
+        has_negative = (~same).any(1)
+        if self.training and not has_negative.any():
+            raise ValueError('all captions of a micro-batch are the same: itm needs a wrong one; raise batch_size')
+        own = torch.arange(len(ids), device=ids.device)
+        others = own[has_negative]                                                       # (M)
+        wrong_text = sample_hard_negatives(to_text[others], same[others])                # (M)
+        wrong_image = sample_hard_negatives(to_image[others], same[others])              # (M)
+        images = torch.cat([own, others, wrong_image])                                   # (B + 2 M)
+        texts = torch.cat([own, wrong_text, others])                                     # (B + 2 M)
+        opened = self.prepend_token(ids[texts], self.cls)
+        queries, _ = self.vision.qformer(features[images], valid[images], opened, 'itm')
+        matches = torch.arange(len(images), device=ids.device) < len(own)
+        return F.cross_entropy(self.itm_head(queries).mean(1).float(), matches.long())
+
+    def generate(self, features, valid, ids):
+        """ITG: each token of the caption from the image and the tokens before it."""
+        opened = self.prepend_token(ids, self.dec)
+        _, x = self.vision.qformer(features, valid, opened, 'itg')
+        logits = F.linear(F.gelu(self.itg_head(x[:, :-1])), self.vision.qformer.wte.weight)  # (B, T, vocab_size + 2)
+        return F.cross_entropy(logits.float().flatten(0, 1), opened[:, 1:].flatten(), ignore_index=-1,
+                               label_smoothing=self.smoothing)
+
+
+class Gather(torch.autograd.Function):
+    """x of all ranks, concatenated. The gradients that all of them have for this rank's x come back to it, summed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        all_x = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_x, x.contiguous())
+        return torch.cat(all_x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+@torch.no_grad()
+def sample_hard_negatives(similarity, same):
+    """For each row of (M, B) one column that is not the same; the more similar, the more likely."""
+    weights = similarity.float().softmax(1).masked_fill(same, 0) + 1e-9 * ~same
+    return torch.multinomial(weights, 1).squeeze(1) if len(weights) else weights.new_zeros(0, dtype=torch.long)

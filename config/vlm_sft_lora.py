@@ -1,13 +1,12 @@
 """
-vlm_sft.py for a GPU with little memory: GPT-2 keeps its weights, and an update of rank 64
-beside each of its Linears learns with the connector. A checkpoint with its optimizer has some 130 MB instead of 1.5 GB
-(computed), and sample.py merges it.
+vlm_sft.py for a GPU with little memory: GPT-2's weights are frozen, and LoRA updates of rank 64 are trained with the
+connector. A checkpoint with its optimizer has some 130 MB instead of 1.5 GB (computed); sample.py merges the updates.
 
     python prepare_data.py llava_instruct --image_dir=coco/train2017
     torchrun train.py config/vlm_sft_lora.py --init_from=out/vlm_align/ckpt.pt
 
-Not run at this size yet, for lack of the weights, the data and a GPU. Rates as in LLaVA-1.5's LoRA variant, 2e-4 and 2e-5
-behind stage 1; rank and alpha are half of its, for a GPT-2 is not a 7B.
+Rates as in LLaVA-1.5's LoRA variant, 2e-4 and 2e-5 after stage 1; rank and alpha are half of its, for a smaller model.
+Not run yet at this size: it needs the weights, the data and a GPU.
 """
 out_dir = 'out/vlm_sft_lora'
 init_from = 'out/vlm_align/ckpt.pt'
@@ -16,7 +15,6 @@ dataset = 'llava_instruct'
 text_dataset = 'pydoc'
 vision_encoder = 'ViT-L-14-quickgelu/openai'
 connector = 'mlp'
-block_size = 1024
 batch_size = 16
 gradient_accumulation_steps = 8
 lora_rank = 64

@@ -1,27 +1,26 @@
 """
-SmolLM2-135M gains the eyes of SigLIP-B/16 and learns to talk about pictures: the shape of nanoVLM's 222M model. The 196
-features of a picture are pooled 2 x 2 to 49 image tokens (pool_size=4: to 16), an MLP brings them into the GPT.
+SmolLM2-135M with SigLIP-B/16 learns to answer questions about images: the shape of nanoVLM's 222M model. The 196
+features of an image are pooled 2 x 2 to 49 image tokens (pool_size=4: 16).
 
     python prepare_data.py llava_instruct --image_dir=coco/train2017
     torchrun --nproc_per_node=8 train.py config/vlm_smollm2.py
     python sample.py --out_dir=out/vlm_smollm2 --image x.jpg --prompt "What is going on here?"
 
-The larger ones of the same kind: --init_from=HuggingFaceTB/SmolLM2-360M-Instruct, Qwen/Qwen3-0.6B. Not run at this size yet,
-for lack of SigLIP's weights, the data and a GPU; README has the memory and the time of a step. The GPT's rate is nanoVLM's.
+Larger ones: --init_from=HuggingFaceTB/SmolLM2-360M-Instruct, Qwen/Qwen3-0.6B. Not run yet at this size: it needs
+SigLIP's weights, the data and a GPU; README has memory and time of a step. The GPT's rate is nanoVLM's.
 """
 out_dir = 'out/vlm_smollm2'
-init_from = 'HuggingFaceTB/SmolLM2-135M-Instruct'   # its tokenizer and its chat format come along
+init_from = 'HuggingFaceTB/SmolLM2-135M-Instruct'   # its tokenizer and its chat template are used as well
 dataset = 'llava_instruct'
-text_dataset = 'pydoc'      # how much of its language it forgets, as text_loss
+text_dataset = 'pydoc'      # for text_loss: how much of its language the GPT forgets
 vision_encoder = 'ViT-B-16-SigLIP/webli'
-vision_layer = -1           # SigLIP's last, with its final norm, as nanoVLM has it
+vision_layer = -1           # the last, with its final norm, as in nanoVLM
 connector = 'pool'
 pool_size = 2
-block_size = 1024           # positions; a picture takes one of them
 batch_size = 16
 gradient_accumulation_steps = 8
 learning_rate = 5e-5        # the GPT
-vision_lr = 0.0             # SigLIP stays as it is, so that its features can be stored; nanoVLM trains it at 5e-5
+vision_lr = 0.0             # SigLIP is frozen, so its features can be cached; nanoVLM trains it at 5e-5
 connector_lr = 5e-4
 min_lr = 5e-7
 weight_decay = 0.0

@@ -1,13 +1,12 @@
 """
-vlm_smollm2.py for little memory: SmolLM2 keeps its weights, in bfloat16 on a GPU, and updates of rank 64 learn beside them. A
-checkpoint with its optimizer has some 220 MB (computed). The updates act behind an image only (lora_scope): LoRA alone does not
-keep a model from forgetting, but so SmolLM2 says of a text without pictures what it always has.
+vlm_smollm2.py for little memory: SmolLM2's weights are frozen, in bfloat16 on a GPU, and LoRA updates of rank 64 are
+trained. A checkpoint with its optimizer has some 220 MB (computed). The updates act only after an image (lora_scope),
+so without images the model's outputs stay the same; LoRA alone does not prevent forgetting.
 
     python prepare_data.py llava_instruct --image_dir=coco/train2017
     torchrun train.py config/vlm_smollm2_lora.py
 
-Not run at this size yet, for lack of SigLIP's weights, the data and a GPU. In small, with drawn text for pictures, on a CPU:
-read_smollm2_cpu.py.
+Not run yet at this size: it needs SigLIP's weights, the data and a GPU. At a small size: read_smollm2_cpu.py.
 """
 out_dir = 'out/vlm_smollm2_lora'
 init_from = 'HuggingFaceTB/SmolLM2-135M-Instruct'
@@ -17,7 +16,6 @@ vision_encoder = 'ViT-B-16-SigLIP/webli'
 vision_layer = -1
 connector = 'pool'
 pool_size = 2
-block_size = 1024
 batch_size = 16
 gradient_accumulation_steps = 8
 lora_rank = 64

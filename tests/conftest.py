@@ -1,4 +1,4 @@
-"""What the tests share: a tiny GPT with eyes, and two ways to run a script as a user does."""
+"""What the tests share: a tiny GPT with vision, and two ways to run a script as a user does."""
 
 import contextlib
 import io
@@ -29,13 +29,12 @@ TINY = ['--dataset=pydoc', '--vision_encoder=vit', '--connector=linear', '--n_la
         '--eval_samples=4', '--warmup_iters=2', '--learning_rate=1e-3', '--vision_lr=1e-3', '--connector_lr=1e-3',
         '--min_lr=1e-4', '--num_workers=0', '--device=cpu', '--compile=False', '--optimizer=muon']
 
-
-# what makes a GPT of Llama's kind of it
+# the switches that make it a Llama
 LLAMA = dict(norm='rmsnorm', position='rope', mlp='swiglu', n_kv_head=1, bias=False)
 
 
 def tiny_config(**changes):
-    """A GPTConfig with eyes whose forward pass takes a millisecond."""
+    """A GPTConfig with vision whose forward pass takes a millisecond."""
     args = dict(block_size=64, vocab_size=320, n_layer=2, n_head=2, n_embd=32, vision_encoder='vit', connector='linear',
                 patch_height=8, patch_width=8, max_image_tokens=16, vision_n_layer=1, vision_n_head=2, vision_n_embd=32,
                 image_token=256)
@@ -44,7 +43,7 @@ def tiny_config(**changes):
 
 @pytest.fixture(params=['gpt2', 'llama'])
 def tiny_model(request):
-    """Tiny models, the same for everyone, with weights large enough that everything they see makes a difference."""
+    """Tiny models, always the same, with weights so large that every input makes a difference."""
     return make_model(**(LLAMA if request.param == 'llama' else {}))
 
 
@@ -58,46 +57,57 @@ def make_model(**changes):
     return model
 
 
+def optimizer_config(**changes):
+    """The knobs that configure_optimizers reads."""
+    rates = dict(learning_rate=1e-3, vision_lr=1e-3, qformer_lr=1e-3, connector_lr=1e-3, muon_lr=0.02)
+    return SimpleNamespace(**{'optimizer': 'adamw', 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, **rates, **changes})
+
+
 def inside(script, *words):
     """
-    Runs `python SCRIPT WORDS` in this process, with globals of its own, as __main__: what a user gets, without the
-    seconds that importing torch takes. Returns returncode, stdout and stderr.
+    Runs `python SCRIPT WORDS` in this process, as __main__ and with globals of its own. A user gets the same, but here
+    torch is already imported. Returns returncode, stdout and stderr.
     """
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    before = sys.argv, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), torch.get_rng_state()
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    argv = sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    rng_state = torch.get_rng_state()
     sys.argv = [script, *map(str, words)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / script), run_name='__main__')
-    except SystemExit as leaving:  # as the interpreter does: a message goes to stderr, with status 1
-        if isinstance(leaving.code, str):
-            err.write(leaving.code + '\n')
-        code = 1 if isinstance(leaving.code, str) else leaving.code or 0
+    except SystemExit as error:
+        code = error.code or 0
+        if isinstance(code, str):  # as the interpreter does: a message goes to stderr, with status 1
+            err.write(code + '\n')
+            code = 1
     finally:
-        sys.argv = before[0]
-        signal.signal(signal.SIGINT, before[1])
-        signal.signal(signal.SIGTERM, before[2])
-        torch.set_rng_state(before[3])
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_rng_state(rng_state)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def launch(script, *words, cwd=None, processes=1, **kwargs):
     """Runs `python SCRIPT WORDS`, or torchrun with several processes, as processes of their own."""
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'CUDA_VISIBLE_DEVICES': ''}
-    python = [sys.executable] if processes == 1 else [
-        sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    return subprocess.run([*python, str(ROOT / script), *map(str, words)], cwd=cwd or ROOT, env=env, capture_output=True,
-                          text=True, timeout=300, **kwargs)
+    python = [sys.executable]
+    if processes > 1:
+        python += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    command = [*python, str(ROOT / script), *map(str, words)]
+    return subprocess.run(command, cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def train(out_dir, *knobs, processes=0, **kwargs):
-    """A tiny run of train.py: inside this process, or as one or more processes of their own."""
+    """A tiny run of train.py: in this process, or as one or more processes of their own."""
     words = ['train.py', *TINY, f'--out_dir={out_dir}', *knobs]
     return launch(*words, processes=processes, **kwargs) if processes else inside(*words)
 
 
 def read_log(out_dir):
-    """log.jsonl without what depends on the clock."""
+    """log.jsonl without the values that depend on the clock."""
     rows = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ('tokens_per_s', 'elapsed_s')} for row in rows]
 
