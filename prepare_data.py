@@ -61,6 +61,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import numpy as np
+import safetensors.torch
 import tiktoken
 import tokenizers
 import torch
@@ -104,10 +105,11 @@ def open_rows(dataset, split):
                          f'"python prepare_data.py {command}" writes')
     paths = list_files(dataset)
     rows = {name: [FileRows(path, name) for path in paths] for name in files}
-    count = sum(map(len, rows['train'] + rows['val']))
-    if count < VAL_EVERY or not any(map(len, rows[split])):
-        raise ValueError(f'{dataset} has {count} rows with text in .txt, .jsonl or .parquet files; to hold out one of '
-                         f'{VAL_EVERY} takes at least {VAL_EVERY}, not all of one image')
+    counts = {name: sum(map(len, rows[name])) for name in rows}
+    if not all(counts.values()):
+        raise ValueError(f'{dataset} has {sum(counts.values())} rows with text in .txt, .jsonl or .parquet files, of which '
+                         f'{counts["val"]} are held out, one of {VAL_EVERY} by a hash of its image or text: that takes at '
+                         f'least {VAL_EVERY}, better many more, or train.jsonl and val.jsonl')
     return ConcatDataset(rows[split])
 
 
@@ -135,6 +137,8 @@ class FileRows:
         build = functools.partial(index_rows, every=VAL_EVERY if split else 0)
         index = map_index(path, build, np.int64, 'split-index' if split else 'index')
         n_train = len(index) - 1 - index[-1]
+        if len(index) == 1:
+            raise ValueError(f'{path} holds no row')
         self.positions = index[n_train:-1] if split == 'val' else index[:n_train]
 
     def __len__(self):
@@ -235,7 +239,7 @@ def to_example(row, folder):
     example, images = {}, []
     for key, value in row.items():
         if value and LOOKS_LIKE_IMAGE.fullmatch(key) and not isinstance(value, (int, float)):
-            paths = [value] if isinstance(value, str) else value
+            paths = value if isinstance(value, list) else [value]
             if images or key not in IMAGE_KEYS or not all(isinstance(path, str) for path in paths):
                 raise ValueError(f'the key "{key}" looks like an image and is not understood: expected one key, "images", '
                                  'with a list of paths')
@@ -300,8 +304,8 @@ def is_held_out(key, every):
 
 
 def holdout_key(row):
-    """What rows have in common that are on the same side: their image, else their id, else their text."""
-    keys = (*IMAGE_KEYS, 'id', 'text', 'messages', 'conversations')
+    """What decides on which side a row is: its image, else its text."""
+    keys = (*IMAGE_KEYS, 'text', 'messages', 'conversations')
     return str(next((row[key] for key in keys if row.get(key)), ''))
 
 
@@ -360,16 +364,10 @@ def starts_with(path, header):
 
 def index_rows(path, f, every):
     """Writes int64 to f: the positions of the rows to train on, of those held out (none if every is 0), the latter's number."""
-    count, first_key = 0, None
     with tempfile.TemporaryFile() as held_out:
         for position, row, _ in scan_file(path):
-            count += 1
-            key = holdout_key(row)
-            first_key = first_key or key  # the first one is held out, so that there is one
-            is_val = every and (key == first_key or is_held_out(key, every))
+            is_val = every and is_held_out(holdout_key(row), every)
             (held_out if is_val else f).write(struct.pack('<q', position))
-        if not count:
-            raise ValueError(f'{path} holds no row')
         n_held_out = held_out.tell() // 8
         held_out.seek(0)
         shutil.copyfileobj(held_out, f)
@@ -652,56 +650,51 @@ def index_archive(path, f):
 
 class FeatureCache:
     """
-    The features of a dataset's images that `prepare_data.py features` has stored: cache[path] is (features (L', C),
-    grid (L', 2)), read from disk when asked for, and replaces the image's patches. A cache belongs to one encoder's weights
-    (by fingerprint), layer, fit and pooling, so a stale one is never found.
+    What `prepare_data.py features` has stored, a file for each image: cache[path] is (features (L', C), grid (L', 2)), which
+    replace the image's patches. A cache belongs to one encoder's weights (by fingerprint), layer, fit and pooling, so a stale
+    one is never found.
     """
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.path = os.path.join(folder, 'features.bin')
-        with open(os.path.join(folder, 'index.json'), encoding='utf-8') as f:
-            index = json.load(f)
-        self.shape = index['shape']
-        self.dtype = index['dtype']
-        self.rows = {path: i for i, path in enumerate(index['images'])}
-
-    @staticmethod
-    def folder_for(dataset, config, fingerprint):
+    def __init__(self, dataset, config, fingerprint, dtype=''):
         made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, vision.cell_size(config)]
-        return os.path.join(dataset_folder(dataset), f'features-{hash64(json.dumps(made_by)):016x}')
+        self.root = dataset_folder(dataset)
+        self.folder = os.path.join(self.root, f'features-{hash64(json.dumps(made_by)):016x}')
+        self.finished = os.path.join(self.folder, 'finished.json')
+        self.dtype = dtype
 
     @classmethod
     def find(cls, dataset, config, fingerprint):
-        """The complete cache that fits the model, or None. Without published weights features change with every step."""
-        folder = cls.folder_for(dataset, config, fingerprint)
-        if not fingerprint or not os.path.exists(os.path.join(folder, 'index.json')):
+        """The finished cache that fits the model, or None. Without published weights features change with every step."""
+        cache = cls(dataset, config, fingerprint)
+        if not fingerprint or not os.path.exists(cache.finished):
             return None
-        cache = cls(folder)
-        return cache if os.path.getsize(cache.path) == 2 * math.prod(cache.shape) else None
+        with open(cache.finished, encoding='utf-8') as f:
+            cache.dtype = json.load(f)['dtype']
+        return cache
+
+    def file_for(self, path):
+        return os.path.join(self.folder, f'{hash64(os.path.relpath(path, self.root)):016x}-{self.dtype}.safetensors')
 
     def __getitem__(self, path):
-        row = self.rows.get(os.path.relpath(path, os.path.dirname(self.folder)))
-        if row is None:
+        try:
+            features = safetensors.torch.load_file(self.file_for(path))['features']
+        except FileNotFoundError:
             raise ValueError(f'{path} is not among the features in {self.folder}: run "python prepare_data.py features" '
-                             'again, or train with --feature_cache=False')
-        _, length, width = self.shape
-        dtype = np.float16 if self.dtype == 'float16' else np.uint16  # numpy has no bfloat16
-        data = np.fromfile(self.path, dtype, length * width, offset=row * length * width * 2).reshape(length, width)
-        return torch.from_numpy(data).view(getattr(torch, self.dtype)), torch.zeros(length, 2, dtype=torch.int64)
+                             'again, or train with --feature_cache=False') from None
+        return features, torch.zeros(len(features), 2, dtype=torch.int64)
 
 
 # -----------------------------------------------------------------------------
 # tokenizers
 
-MARK = '\ufdd0'  # a special token in a text to be encoded; Unicode reserves this code, no text has it
+MARK = '\ufdd0'  # a special token in a text to be encoded; Unicode reserves this code, so no text has it
 NOT_TEXT = re.compile(f'[\ud800-\udfff{MARK}]')  # surrogates, which have no UTF-8, and the mark
 
 
 @dataclasses.dataclass(eq=False)
 class Tokenizer:
     """
-    Text <-> ids, by tiktoken. Data text never becomes a special token. Besides what it is made of, it has
+    Text <-> ids, by tiktoken. Data text never becomes a special token. Besides its fields it has
 
         image_id           the id of <image>
         n_vocab, n_text    1 + the largest id; the number of ids that are plain text
@@ -712,14 +705,14 @@ class Tokenizer:
     Raises ValueError for a chat template that cannot be rendered.
     """
     name: str
-    backend: object           # a tiktoken.Encoding; of HuggingFaceTokenizer a tokenizers.Tokenizer
-    special: dict             # {special token: id}
-    text_ids: list
+    backend: object       # a tiktoken.Encoding
+    special: dict         # {special token: id}
+    text_ids: list        # all other ids
     system_prompt: str
-    names: dict               # {'eos_token': special token, ...} as chat templates use them
-    template: str = ''        # the chat template
-    files: tuple = ()         # paths of a published tokenizer, to be copied by an export
-    characters: str = ''      # the only ones with an id; '': all have
+    names: dict           # {'eos_token': special token, ...}: the names by which chat templates use them
+    template: str = ''    # the chat template
+    files: tuple = ()     # the paths of a published tokenizer, which an export copies
+    characters: str = ''  # the only characters with an id; '': all have one
 
     def __post_init__(self):
         self.image_id = self.special[IMAGE]
@@ -735,7 +728,7 @@ class Tokenizer:
         self.content_is_list = False
         try:
             render_template(self, shape)
-        except ValueError:  # templates of models with vision may expect a list of texts and images
+        except ValueError:  # the template may expect a list of texts and images
             self.content_is_list = True
         answer_ends = [text for text, is_special, is_answer in render_template(self, shape) if is_special and is_answer]
         self.end_ids = [self.special[token] for token in dict.fromkeys([self.end, *answer_ends])]
@@ -751,38 +744,41 @@ class Tokenizer:
         its characters is. With char_level, each character in the loss is encoded alone.
         """
         text = flags = ''
-        marked = []  # the id of each mark, None for one that only keeps texts apart
+        marked = []  # what the marks stand for: an id, or None, where a mark only keeps texts apart
         for piece, is_special, in_loss in pieces:
             if is_special:
                 marked.append(self.special.get(piece))
                 piece = MARK
             else:
                 piece = NOT_TEXT.sub('\ufffd', piece)
-            if char_level and in_loss and not is_special:
-                marked += [None] * (len(piece) + 1)
-                piece = MARK + MARK.join(piece) + MARK
+                if char_level and in_loss:
+                    marked += [None] * (len(piece) + 1)
+                    piece = MARK + MARK.join(piece) + MARK
             text += piece
             flags += str(int(in_loss)) * len(piece)
         marked = iter(marked)
         ids, in_losses = [], []
         for token, (start, end) in zip(*self.encode_with_offsets(text)):
-            if text[start:end] == MARK:
+            characters = text[start:end]
+            if characters == MARK:
                 token = next(marked)
-            elif text[start:end] in self.special:  # Unigram models do that
-                raise ValueError(f'{self.name} makes a special token of the text {text[start:end]!r}: leave it out')
+            elif characters in self.special:  # Unigram models do that
+                raise ValueError(f'{self.name} makes a special token of the text {characters!r}: leave it out')
             if token is not None:
                 ids.append(token)
                 in_losses.append('1' in flags[start:end])
         return ids, in_losses
 
     def encode_with_offsets(self, text):
-        if self.characters and not set(text) <= {*self.characters, MARK}:
-            unknown = ''.join(sorted(set(text) - {*self.characters, MARK}))
-            raise ValueError(f'{self.name} has no id for the characters {unknown!r}: leave them out or take --tokenizer=bytes')
+        """The ids of a text in which MARK is a token, and for each id where its characters start and end."""
+        unknown = set(text) - {*self.characters, MARK} if self.characters else ''
+        if unknown:
+            raise ValueError(f'{self.name} has no id for the characters {"".join(sorted(unknown))!r}: leave them out or take '
+                             '--tokenizer=bytes')
         ids = self.backend.encode(text, allowed_special={MARK}, disallowed_special=())
         starts = self.backend.decode_with_offsets(ids)[1]
         ends = [*starts[1:], len(text)]
-        return ids, [(start, max(start + 1, end)) for start, end in zip(starts, ends)]  # a token may be a part of a character
+        return ids, [(start, max(start + 1, end)) for start, end in zip(starts, ends)]  # a character may be several ids
 
     def decode(self, ids):
         """Ids -> text, special tokens by name. Bytes that are no UTF-8 become U+FFFD."""
@@ -794,16 +790,16 @@ class Tokenizer:
         not <image>, <|user|> and <|assistant|>, and nothing that it cannot decode.
         """
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
-        allowed[[*self.text_ids, *self.special.values()]] = True
-        allowed[[self.special.get(token, self.image_id) for token in (IMAGE, USER, ASSISTANT)]] = False
+        allowed[self.text_ids] = True
+        allowed[[i for token, i in self.special.items() if token not in (IMAGE, USER, ASSISTANT)]] = True
         return allowed
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The same by a tokenizers.Tokenizer."""
+    """The same by a tokenizers.Tokenizer, which is the backend."""
 
     def encode_with_offsets(self, text):
-        self.backend.encode_special_tokens = True  # those of the text, as text; pickling loses this switch
+        self.backend.encode_special_tokens = True  # as text; the switch is lost when a worker gets the tokenizer
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -826,6 +822,9 @@ def get_tokenizer(name, system_prompt='auto'):
     """
     pattern = r'(?s:.)'
     special, characters = {}, ''
+    if name.endswith(('.pkl', '.txt', '.json')) and not os.path.isfile(name):
+        raise ValueError(f'no tokenizer at {name}: "python prepare_data.py shapes" writes a words.txt, nanoGPT a meta.pkl; '
+                         '--tokenizer=bytes needs no file')
     if name == 'bytes':
         ranks = {bytes([i]): i for i in range(256)}
     elif name == 'gpt2':
@@ -839,7 +838,8 @@ def get_tokenizer(name, system_prompt='auto'):
         ranks = read_meta(name)
         characters = b''.join(ranks).decode()
     elif name.endswith('.txt'):
-        pattern, ranks = r' ?[^\W\d_]+|(?s:.)', read_words(name)
+        ranks = read_words(name)
+        pattern = r' ?[^\W\d_]+|(?s:.)'
     elif name.endswith('.json') or os.path.isdir(name) or name.count('/') == 1:
         return read_hugging_face(name, system_prompt)
     else:
@@ -847,8 +847,8 @@ def get_tokenizer(name, system_prompt='auto'):
                          f'the hub, got {name!r}')
     for token in (IMAGE, USER, ASSISTANT, END):
         special.setdefault(token, len(ranks) + len(special))
-    with_mark = {**special, MARK: len(ranks) + len(special)}
-    backend = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=with_mark)
+    backend = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                special_tokens={**special, MARK: len(ranks) + len(special)})
     return Tokenizer(name, backend, special, list(ranks.values()), system_prompt, {'eos_token': END}, characters=characters)
 
 
@@ -863,8 +863,6 @@ def read_meta(path):
         with open(path, 'rb') as f:
             stoi = Values(f).load()['stoi']
         ranks = {character.encode(): int(i) for character, i in stoi.items()}
-    except FileNotFoundError:
-        raise ValueError(f'no tokenizer at {path}') from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f'{path} is not the meta.pkl of a nanoGPT character dataset: {error}') from error
     if sorted(ranks.values()) != list(range(len(ranks))):
@@ -874,9 +872,6 @@ def read_meta(path):
 
 def read_words(path):
     """{bytes: id} of a words.txt: every byte, and each word with and without a space before it."""
-    if not os.path.isfile(path):
-        raise ValueError(f'no tokenizer at {path}: "python prepare_data.py shapes" writes one next to its data; for other '
-                         'data take --tokenizer=bytes, or a file with a word a line')
     with open(path, encoding='utf-8') as f:
         words = [space + word for word in f.read().split() for space in ('', ' ')]
     tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
@@ -897,19 +892,14 @@ def read_hugging_face(name, system_prompt):
                              f'({type(error).__name__}): connect once, or name a folder with its tokenizer.json') from error
     files = [os.path.join(folder, file_name) for file_name in file_names]
     if not os.path.isfile(files[0]):
-        raise ValueError(f'{name}: there is no {files[0]}: name another tokenizer, such as --tokenizer=gpt2')
+        raise ValueError(f'{name} has no tokenizer.json: name another tokenizer, such as --tokenizer=gpt2')
     files = tuple(filter(os.path.isfile, files))
     config = {}
     try:
         for path in files[1:]:
             with open(path, encoding='utf-8') as f:
                 config |= {'chat_template': f.read()} if path.endswith('.jinja') else json.load(f)
-        with open(files[0], encoding='utf-8') as f:
-            file = json.load(f)
-        file |= {'post_processor': None, 'truncation': None, 'padding': None}  # without the first, offsets are exact
-        for token in file['added_tokens']:
-            token['special'] = not token['content'].isspace()  # data may hold no <think> either; runs of spaces are text
-        backend = tokenizers.Tokenizer.from_str(json.dumps(file))
+        backend = tokenizers.Tokenizer.from_file(files[0])
     except Exception as error:  # that of tokenizers has no class of its own
         raise ValueError(f'{name}: its tokenizer.json or chat template cannot be read ({type(error).__name__}: {error}): '
                          'download it again') from error
@@ -920,11 +910,17 @@ def read_hugging_face(name, system_prompt):
     for key, token in config.items():
         if key.endswith('_token') and token:
             names[key] = token['content'] if isinstance(token, dict) else token
-    needed = [IMAGE, names['eos_token']]
-    if not template and backend.token_to_id('<|im_start|>') is None:
-        needed[1:1] = [USER, ASSISTANT]
-    backend.add_special_tokens(needed)
-    special = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)  # adds no tokens, keeps offsets exact
+    # data may hold no <think> either, although it is not "special" in the file; runs of spaces are text
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if not token.content.isspace()]
+    special.append(IMAGE)
+    if not template and '<|im_start|>' not in special:
+        special += [USER, ASSISTANT]
+    special.append(names['eos_token'])
+    backend.add_special_tokens(special)
+    special = {token: backend.token_to_id(token) for token in special}
     text_ids = list({*backend.get_vocab().values()} - {*special.values()})
     backend.add_tokens([tokenizers.AddedToken(MARK, normalized=False)])
     return HuggingFaceTokenizer(name, backend, special, text_ids, system_prompt, names, template, files)
@@ -958,8 +954,9 @@ CHATML = r"""
 
 def conversation_shape(example, system_prompt, prompt_only):
     """
-    What a chat template depends on, and the texts that it does not: ((role, piece, ...), ...), [text]. The pieces of a content
-    stand around its images. SLOT is in the place of a text; the white space around it stays, because templates may strip it.
+    What the rendered template depends on, and the texts that it does not depend on: ((role, piece, ...), ...), [text]. The
+    pieces of a content stand around its images. In a piece, SLOT stands for the text; white space around the text stays,
+    because templates may strip it.
     """
     messages = list(example['messages'])
     if system_prompt != 'auto' and messages[0]['role'] != 'system':
@@ -968,8 +965,6 @@ def conversation_shape(example, system_prompt, prompt_only):
         messages.pop()
     shape, texts = [], []
     for message in messages:
-        if message['role'] not in ('user', 'assistant', *(['system'] if not shape else [])):
-            raise ValueError(f'a message is by "user" or "assistant" (and a first one by "system"), got {message["role"]!r}')
         pieces = message['content'].split(IMAGE) if example.get('images') else [message['content']]
         for i, piece in enumerate(pieces):
             if piece or len(pieces) == 1:
@@ -984,28 +979,30 @@ def conversation_shape(example, system_prompt, prompt_only):
 def render_template(tokenizer, shape, prompt_only=False):
     """
     The chat template for all conversations of one shape: [(text, is_special, is_answer)], with a number in the place of each
-    SLOT. So special tokens come from the template alone. An answer is a content of the assistant and what follows it, up to the
-    first special token. Raises ValueError if the template cannot be rendered.
+    SLOT. So special tokens come from the template alone. An answer is a content of the assistant with what follows it, up to
+    the first special token. Raises ValueError if the template cannot be rendered.
     """
     texts = fill_template(tokenizer, shape, prompt_only)
-    no_indent = [[entry.lstrip() for entry in message] for message in shape]
-    without_indent = fill_template(tokenizer, no_indent, prompt_only)
+    # white space at the beginning of an answer, if the template keeps it, is what is missing without it
+    stripped = [[entry.lstrip() for entry in message] for message in shape]
+    stripped_texts = fill_template(tokenizer, stripped, prompt_only)
     roles = [role for role, *pieces in shape for piece in pieces if piece]
     out = []
     is_answer = False
-    for text, without, number in zip(texts[::2], without_indent[::2], [*texts[1::2], None]):
-        for i, token in enumerate(tokenizer.special_pattern.split(without)):
+    for text, stripped_text, number in zip(texts[::2], stripped_texts[::2], [*texts[1::2], None]):
+        for i, token in enumerate(tokenizer.special_pattern.split(stripped_text)):
             is_special = i % 2 == 1
             out.append((token, is_special, is_answer))
             is_answer = is_answer and (not is_special or token == IMAGE)
         if number is not None:
             is_answer = roles[number] == 'assistant'
-            out += [(text[len(without):], False, is_answer), (number, False, is_answer)]
+            out.append((text[len(stripped_text):], False, is_answer))
+            out.append((number, False, is_answer))
     return [segment for segment in out if segment[0] != '']
 
 
 def fill_template(tokenizer, shape, prompt_only):
-    """The rendered template, cut at its slots: [text, number of a slot, text, ...]."""
+    """The rendered template, cut at its slots: [text, number of a slot, text, ..., text]."""
     messages = []
     n_slots = 0
     for role, *pieces in shape:
@@ -1014,12 +1011,13 @@ def fill_template(tokenizer, shape, prompt_only):
             n_slots += SLOT in piece
         content = IMAGE.join(pieces)
         if tokenizer.content_is_list:
-            content = [{'type': 'image'} if entry == IMAGE else {'type': 'text', 'text': entry}
-                       for entry in re.split(f'({IMAGE})', content) if entry]
+            entries = filter(None, re.split(f'({IMAGE})', content))
+            content = [{'type': 'image'} if entry == IMAGE else {'type': 'text', 'text': entry} for entry in entries]
         messages.append({'role': role, 'content': content})
-    try:  # without thinking: a prompt for Qwen3 ends with the empty thought that its template puts before an answer
-        rendered = compile_template(tokenizer.template).render(
-            messages=messages, add_generation_prompt=prompt_only, enable_thinking=False, tools=None, **tokenizer.names)
+    # answers come without thinking: Qwen3's template puts an empty thought in front of them, then also at a prompt's end
+    variables = {'messages': messages, 'add_generation_prompt': prompt_only, 'enable_thinking': False, 'tools': None}
+    try:
+        rendered = compile_template(tokenizer.template).render(**variables, **tokenizer.names)
     except Exception as error:  # whatever somebody's program raises
         raise ValueError(f'{tokenizer.name}: its chat template cannot be rendered ({type(error).__name__}: {error})') from error
     texts = re.split(f'{SLOT}(\\d+){SLOT}', rendered)
@@ -1066,7 +1064,7 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
             out.append((text if isinstance(text, str) else texts[text], is_special, in_loss))
         return out
     image = [(IMAGE, True, False)]
-    if 'filling' in example:  # text in the place of the images, encoded apart from what stands around it
+    if 'filling' in example:  # special tokens without a name and an id keep it apart from the text around it
         image = [('', True, False), (example['filling'], False, False), ('', True, False)]
     has_places = example.get('images') or 'filling' in example
     texts = example['text'].split(IMAGE) if has_places else [example['text']]
@@ -1090,10 +1088,8 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
         raise ValueError('the example has an image, but the model has no vision_encoder')
-    images = []
-    for source in sources:
-        is_cached = cache and isinstance(source, str)
-        images.append(cache[source] if is_cached else vision.preprocess(load_image(source), config))
+    images = [cache[source] if cache and isinstance(source, str) else vision.preprocess(load_image(source), config)
+              for source in sources]
     pieces = segments(example, tokenizer, loss_on, prompt_only)
     ids, in_loss = tokenizer.encode_segments(pieces, example.get('char_level'))
     positions = [position for position, token in enumerate(ids) if token == tokenizer.image_id]
@@ -1551,46 +1547,40 @@ def store_features(
     config = vision.complete_config(config)
     device = device or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
     model = vision.Vision(config).to(device).eval().requires_grad_(False)
-    folder = FeatureCache.folder_for(dataset, config, model.encoder.fingerprint)
-    os.makedirs(folder, exist_ok=True)
+    cache = FeatureCache(dataset, config, model.encoder.fingerprint, dtype)
+    os.makedirs(cache.folder, exist_ok=True)
 
     def compute(paths):
         images = [vision.preprocess(image, config) for image in pool.map(load_image, paths)]
         patches, grid = vision.collate(images, config)
-        features, _ = model.features(patches.to(device), grid.to(device))  # (N, L', C)
-        if not features.to(getattr(torch, dtype)).isfinite().all():
+        features = model.features(patches.to(device), grid.to(device))[0].to(getattr(torch, dtype))  # (N, L', C)
+        if not features.isfinite().all():
             raise ValueError(f'a feature is too large for {dtype}: store them with --dtype=bfloat16')
-        return features.to(getattr(torch, dtype)).cpu()
+        return features.cpu()
 
     with ThreadPoolExecutor(4) as pool, torch.no_grad():
-        _, length, width = compute(paths[:1]).shape
-        index = {'shape': [len(paths), length, width], 'dtype': dtype, 'vision_encoder': config.vision_encoder,
-                 'images': [os.path.relpath(path, dataset_folder(dataset)) for path in paths]}
-        with open_features(folder, index) as f:
-            for i in tqdm(range(f.tell() // (2 * length * width), len(paths), batch_size), unit='batch'):
-                f.write(compute(paths[i:i + batch_size]).contiguous().view(torch.uint8).numpy().tobytes())
+        check_space(cache.folder, len(paths), compute(paths[:1]))
+        paths = [path for path in paths if not os.path.exists(cache.file_for(path))]
+        for i in tqdm(range(0, len(paths), batch_size), unit='batch'):
+            batch = paths[i:i + batch_size]
+            for path, features in zip(batch, compute(batch)):
+                file = cache.file_for(path)
+                safetensors.torch.save_file({'features': features.contiguous()}, f'{file}.part')
+                os.replace(f'{file}.part', file)
+    with open(cache.finished, 'w', encoding='utf-8') as f:
+        json.dump({'dtype': dtype, 'vision_encoder': config.vision_encoder}, f)
 
 
-def open_features(folder, index):
-    """features.bin, after the last image that it holds whole. Raises ValueError if the disk has no room for all of them."""
-    n_images, length, width = index['shape']
-    n_bytes = 2 * length * width
-    needed, free = n_images * n_bytes, shutil.disk_usage(folder).free
-    print(f'{n_images} images x {length} tokens x {width} x 2 bytes = {needed / 1e9:.3f} GB in {folder}; '
-          f'{free / 1e9:.1f} GB are free', file=sys.stderr)
+def check_space(folder, n_images, features):
+    """Raises ValueError if the disk has no room for n_images such features (1, L', C)."""
+    _, length, width = features.shape
+    needed = n_images * features.nbytes / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
+    print(f'{n_images} images x {length} tokens x {width} x 2 bytes = {needed:.3f} GB in {folder}; {free:.1f} GB are free',
+          file=sys.stderr)
     if needed > free:
-        raise ValueError(f'{needed / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB: make room, or pool them '
+        raise ValueError(f'{needed:.1f} GB do not fit into {free:.1f} GB: make room, or pool them '
                          '(--connector=pool --pool_size=2)')
-    with open(os.path.join(folder, 'index.json'), 'a+', encoding='utf-8') as f:
-        f.seek(0)
-        text = json.dumps(index)
-        is_same = f.read() == text
-        f.truncate(0)
-        f.write(text)
-    features = open(os.path.join(folder, 'features.bin'), 'ab')
-    features.truncate(features.tell() // n_bytes * n_bytes if is_same else 0)
-    features.seek(0, os.SEEK_END)
-    return features
 
 
 def show_example(

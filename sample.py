@@ -83,19 +83,18 @@ def to_device(batch, where):
 
 def answer(model, enc, examples, cache=None, return_logprobs=False, **generation):
     """
-    Answers, a list of str, to a batch of examples: conversations, whose last answer the model is not given, or texts
-    to continue. Greedy, unless `generation`, the keyword arguments of model.generate, has a temperature. An answer does
-    not depend on the rest of the batch. With return_logprobs each is (answer, its mean log-probability per token in
-    nats, the answer with low-confidence words marked).
+    Answers, a list of str, to a batch of examples: conversations, without their last answer, or texts to
+    continue. `generation` goes to model.generate; greedy by default. An answer does not depend on the rest of the
+    batch. With return_logprobs each is (answer, mean log-probability per token in nats, answer with marks).
     """
     config = model.config
     prompts = [tokenize(e, enc, config, prompt_only=True, cache=cache) for e in examples]
     batch = to_device(collate(prompts, config), model.lm_head.weight.device)
     has_images = any(e.get('images') for e in examples)
+    knobs = {'temperature': 0.0, 'images': batch['images'] if has_images else None, **generation}
     out, token_logprobs = model.generate(
-        batch['idx'], **{'temperature': 0.0, **generation}, lengths=batch['lengths'], stop_ids=enc.end_ids,
-        images=batch['images'] if has_images else None, return_logprobs=True,
-        allowed=enc.allowed_ids(config.vocab_size).to(batch['idx'].device))
+        batch['idx'], lengths=batch['lengths'], stop_ids=enc.end_ids, return_logprobs=True,
+        allowed=enc.allowed_ids(config.vocab_size).to(batch['idx'].device), **knobs)
     answers = []
     for row, p, length in zip(out.tolist(), token_logprobs.tolist(), batch['lengths'].tolist()):
         ids = until_end(enc, row[length:])
@@ -124,8 +123,8 @@ def mark_low_confidence(enc, ids, token_logprobs, threshold=0.5):
 
 def score(predictions, references):
     """
-    {'cer': edits per character of all references together, 'exact': share of predictions without any edit}. Unlike a
-    precision over words, the character error rate does not reward a short or a fluent wrong answer.
+    {'cer': edits per character of all references together, 'exact': share of predictions without any edit}.
+    Unlike a precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
     edits = [Levenshtein.distance(p, r) for p, r in zip(predictions, references)]
     n_chars = sum(map(len, references))
@@ -152,9 +151,9 @@ def ngrams(words, n):
 
 def bleu(predictions, references):
     """
-    BLEU-4 of all predictions (lists of words), with several references each: the geometric mean of four precisions (an
-    n-gram counts at most as often as in one reference), and a penalty if the predictions are shorter than the
-    references closest in length, https://aclanthology.org/P02-1040.
+    BLEU-4 of all predictions, lists of words, with several references each: the geometric mean of four
+    precisions (an n-gram counts at most as often as in one reference), and a penalty if the predictions are
+    shorter than the references closest in length, https://aclanthology.org/P02-1040.
     """
     length = sum(map(len, predictions))
     closest_length, precision = 0, 1.0
@@ -221,8 +220,8 @@ def cider_d(predictions, references):
 def image_caption_pairs(examples, limit):
     """
     Up to `limit` examples with one image, their captions (an image may have several, its "references"), and
-    image_index (M,), the image of each caption. Leaves out an example that shares its image or a caption with an
-    earlier one. Raises ValueError for fewer than two images.
+    image_index (M,), the image of each caption. An example that shares its image or a caption with an earlier
+    one is left out. Raises ValueError for fewer than two images.
     """
     kept, captions, image_index, used = [], [], [], set()
     for example in examples:
@@ -243,8 +242,8 @@ def image_caption_pairs(examples, limit):
 
 def similarity(image_embeds, text_embeds, chunk=16):
     """
-    Images (N, K, D) and captions (M, D) -> (N, M): the query that is closest to the caption counts. In float32, and
-    in chunks of images: N x K x M would be 16 GB for COCO.
+    Images (N, K, D) and captions (M, D) -> (N, M): the query that is closest to the caption counts.
+    Computed in float32 and in chunks of images: N x K x M would be 16 GB for COCO.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         parts = image_embeds.split(chunk)
@@ -253,9 +252,9 @@ def similarity(image_embeds, text_embeds, chunk=16):
 
 def recall(scores, image_index):
     """
-    scores: (N, M) of images and captions; caption j belongs to image image_index[j]. Returns the share of images
-    with a caption of their own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_...), and
-    what guessing would give (chance_r1). Ties count as wrong, so a collapsed model has recall 0.
+    scores: (N, M) of images and captions; caption j belongs to image image_index[j]. Returns the share of
+    images with a caption of their own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions
+    (t2i_r1, ...), and what guessing would give (chance_r1). Ties count as wrong, so a collapsed model has 0.
     """
     N, M = scores.shape
     own = scores[image_index, torch.arange(M)]                                           # (M)
@@ -267,7 +266,7 @@ def recall(scores, image_index):
 
 
 def mean_cosine(image_embeds):
-    """Mean cosine of two images (N, K, D), each the mean of its K embeddings: 1 if the model has collapsed."""
+    """Mean cosine of two images (N, K, D), each the mean of its K embeddings. A collapsed model has 1."""
     N = len(image_embeds)
     total = torch.nn.functional.normalize(image_embeds.mean(1), dim=-1).sum(0)           # (D)
     return (total.square().sum().item() - N) / (N * (N - 1))
@@ -284,16 +283,16 @@ class Evaluation:
         blank_loss     the same with every image white: what the model knows without the images
         shuffled_loss  the same with the images of other examples: what it does with mismatched images
         text_loss      plain held-out text; before the first step it is the reference for later ones
-        cer, exact     greedy answers compared with the truth; with "references" also bleu4, rouge_l and cider_d
+        cer, exact     greedy answers compared with the truth; with "references" also bleu4, rouge_l, cider_d
         pixels_loss, none_loss, infix_loss, R, R_blank, R_shuffled
-                       of task continuation: the postfix's loss after the image, without the infix, and with it as
-                       text. R is the pixel recovery (none - pixels) / (none - infix): of what the infix tells about
-                       the postfix, the part that came through its pixels
+                       task continuation: the postfix's loss after the image, without the infix, and with it
+                       as text. R = (none - pixels) / (none - infix) is the pixel recovery: of the information
+                       that the infix has about the postfix, the share that came through its pixels
 
     For a QFormerPretraining: val_loss, the losses that it is the sum of, `recall` and `mean_cosine`.
 
-    config: a namespace with train.py's knobs dataset, text_dataset, tasks, eval_iters, eval_samples, batch_size,
-    loss_on, seed and those of the tasks. held_out: Examples to use instead of the dataset's.
+    config: a namespace with train.py's knobs (dataset, text_dataset, tasks and theirs, eval_iters,
+    eval_samples, batch_size, loss_on, seed). held_out: Examples to use instead of the dataset's.
     """
 
     def __init__(self, config, enc, model, dist_env, cache=None, held_out=None):
@@ -351,8 +350,8 @@ class Evaluation:
 
     def losses(self, model, examples, change=list):
         """
-        {name: mean loss in nats, 'weight': the number of targets or rows that it is the mean of}. change([example])
-        -> [example] is applied to one batch at a time, so that only its images are in memory.
+        {name: mean loss in nats, 'weight': the number of targets or rows that it is the mean of}. `change`
+        maps the examples of a batch to others, one batch at a time, so that few changed images are in memory.
         """
         def measure(rows):
             batch = self.batch(model, change(rows))
@@ -419,14 +418,14 @@ class Evaluation:
         none = self.losses(model, no_infix)
         infix = self.losses(model, as_text)
         if not pixels['weight'] == none['weight'] == infix['weight']:
-            raise ValueError(f'block_size ({model.config.block_size}) is too small to measure R: with its infix as '
-                             'text a sequence is cut off; lower max_span or raise block_size')
+            raise ValueError(f'block_size ({model.config.block_size}) is too small to measure R: with its '
+                             'infix as text a sequence is cut off; lower max_span or raise block_size')
         recovery = lambda losses: (none['lm'] - losses['lm']) / (none['lm'] - infix['lm'])
         return {'pixels_loss': pixels['lm'], 'none_loss': none['lm'], 'infix_loss': infix['lm'],
                 'R': recovery(pixels), 'R_blank': recovery(blanked), 'R_shuffled': recovery(mismatched)}
 
     def continuation_cells(self, model):
-        """What the model generates after the image and after nothing in its place, next to the true postfix."""
+        """What the model generates with the image and with nothing in its place, and the true postfix."""
         without_image = lambda e: {**question(e), 'images': [], 'filling': ''}
         examples = [{**e, 'text': question(e)['text'] + reference(e)[:150]} for e in self.continuations]
         with_image = self.generate(model, examples, question)
@@ -533,8 +532,8 @@ def newest_run():
     """The folder under out/ with the newest checkpoint. Raises ValueError if there is none."""
     paths = glob.glob(f'out/**/{checkpoint}', recursive=True)
     if not paths:
-        raise ValueError('no checkpoint under out/: train one first (torchrun train.py config/quickstart.py), '
-                         'or name one with --out_dir or --init_from')
+        raise ValueError('no checkpoint under out/: train one first (torchrun train.py '
+                         'config/quickstart.py), or name one with --out_dir or --init_from')
     folder = os.path.dirname(max(paths, key=os.path.getmtime))
     print(f'{folder}: newest run', file=sys.stderr)
     return folder
@@ -556,8 +555,8 @@ def load():
     config.chat = state.get('chat', enc.has_chat_template)
     n_ids = max(enc.n_text, 1 + max(enc.end_ids))
     if n_ids > model.config.vocab_size:
-        raise ValueError(f'the tokenizer {enc.name} has {n_ids} ids, the model only {model.config.vocab_size}: '
-                         'name the one it was trained with by --tokenizer')
+        raise ValueError(f'the tokenizer {enc.name} has {n_ids} ids, the model only '
+                         f'{model.config.vocab_size}: name the one it was trained with by --tokenizer')
     where = device or find_device()
     device_type = where.split(':')[0]
     precision = getattr(torch, dtype or ('bfloat16' if device_type == 'cuda' else 'float32'))
@@ -570,11 +569,9 @@ def load():
     return model, enc, config, torch.autocast(device_type, precision, enabled=precision != torch.float32)
 
 
-def generation_knobs(model):
-    """The keyword arguments of model.generate, with a new generator."""
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    return dict(max_new_tokens=max_new_tokens, **sampling)
+def generation_knobs():
+    """The keyword arguments of model.generate."""
+    return dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def prompt_example(text, images, as_chat):
@@ -586,9 +583,9 @@ def prompt_example(text, images, as_chat):
     return {'text': text, 'images': images}
 
 
-def print_answer(model, enc, example, generation, prefix=''):
+def print_answer(model, enc, example, prefix=''):
     """Prints the answer to the example and returns it; with --logprobs marked, and the mean to stderr."""
-    (text, mean, marked), = answer(model, enc, [example], return_logprobs=True, **generation)
+    (text, mean, marked), = answer(model, enc, [example], return_logprobs=True, **generation_knobs())
     print(prefix + (marked if logprobs else text), flush=True)
     if logprobs:
         print(f'mean log-probability of a token: {mean:.3f} nats', file=sys.stderr)
@@ -598,17 +595,15 @@ def print_answer(model, enc, example, generation, prefix=''):
 def ask(model, enc, as_chat):
     """Prints num_samples answers to the prompt."""
     example = prompt_example(prompt, list(map(load_image, image)), as_chat)
-    generation = generation_knobs(model)
     for i in range(num_samples):
         if i:
             print('---------------')
-        print_answer(model, enc, example, generation, '' if as_chat else prompt)
+        print_answer(model, enc, example, '' if as_chat else prompt)
 
 
 def chat_loop(model, enc):
     """Reads turns from stdin and answers each, given all turns before it."""
     images, messages = list(map(load_image, image)), []
-    generation = generation_knobs(model)
     print(f'{len(images)} image(s); an empty line or Ctrl-D ends the conversation', file=sys.stderr)
     while True:
         print('> ', end='', file=sys.stderr, flush=True)
@@ -616,7 +611,7 @@ def chat_loop(model, enc):
         if not line:
             return
         messages += prompt_example(line, [] if messages else images, True)['messages']
-        text = print_answer(model, enc, {'messages': messages, 'images': images}, generation)
+        text = print_answer(model, enc, {'messages': messages, 'images': images})
         messages.append({'role': 'assistant', 'content': text})
 
 
@@ -634,9 +629,11 @@ def caption_folder(model, enc, config, as_chat):
                 print(f'skipped: {error}', file=sys.stderr)
         if not examples:
             return []
-        answers = answer(model, enc, examples.values(), return_logprobs=True, **generation_knobs(model))
-        return [{'image': os.path.relpath(path, folder), 'caption': text, 'logprob': f'{mean:.4f}', 'marked': marked}
-                for path, (text, mean, marked) in zip(examples, answers)]
+        torch.manual_seed(seed)
+        answers = answer(model, enc, examples.values(), return_logprobs=True, **generation_knobs())
+        names = [os.path.relpath(path, folder) for path in examples]
+        return [{'image': name, 'caption': text, 'logprob': f'{mean:.4f}', 'marked': marked}
+                for name, (text, mean, marked) in zip(names, answers)]
 
     table = map_across_ranks(caption, paths, config.batch_size, ONE_PROCESS)
     if not table:
@@ -680,8 +677,8 @@ def write_results(name, table, sheet):
 
 def export_model(model, enc, config):
     """
-    Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the files of
-    its tokenizer; glimpse.safetensors, all of the model, which --checkpoint and --init_from read.
+    Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the
+    files of its tokenizer; glimpse.safetensors, the whole model, which --checkpoint and --init_from read.
     """
     if os.path.isdir(export) and os.listdir(export):
         raise ValueError(f'--export={export} is not empty: name a new folder')
@@ -718,14 +715,15 @@ def main():
         return evaluate(model, enc, config, autocast)
     if isinstance(model, QFormerPretraining):
         raise ValueError(f'{name} was trained with objective {model.config.objective}, to compare images and '
-                         'captions, and cannot generate text: --eval=DATASET measures it, and train.py --vision_from '
-                         'gives its encoder to a GPT')
+                         'captions, and cannot generate text: --eval=DATASET measures it, and train.py '
+                         '--vision_from gives its encoder to a GPT')
     # a model that was trained to continue texts does not know the tokens of a conversation
     as_chat = chat == 'yes' or chat == 'auto' and config.chat
     if as_chat and enc.special.get(ASSISTANT, 0) >= model.config.vocab_size:
         raise ValueError(f'{name} has no tokens for a conversation: --chat=no continues the prompt as a text')
     if image and not model.config.vision_encoder:
         raise ValueError(f'{name} is text-only: it was trained without a vision_encoder')
+    torch.manual_seed(seed)
     with autocast:
         if export:
             export_model(model, enc, config)

@@ -1,15 +1,16 @@
-"""What must stay true when a model is loaded that others have trained: nothing of it is lost, nothing is let through."""
+"""What must stay true when a published model or a checkpoint is loaded: all of it, and nothing that does not fit."""
 
 import json
 import pickle
 
 import pytest
 import torch
-from conftest import make_model, read_log, refused, tiny_config, train
+from conftest import inside, make_model, optimizer_config, read_log, refused, tiny_config, train
 from safetensors.torch import load_file, save_file
 
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, build_model, load_model, read_checkpoint, read_weights
 from prepare_data import get_tokenizer, open_rows
+from train import configure_optimizers
 
 
 def nanogpt(path, vocab_size=103, prefix='_orig_mod.', bias=False, **changes):
@@ -27,75 +28,88 @@ def nanogpt(path, vocab_size=103, prefix='_orig_mod.', bias=False, **changes):
 
 
 def meta(path):
-    """nanoGPT's meta.pkl of an alphabet of 103 characters, all that the Python reference needs among them."""
-    text = ''.join(row['text'] for part in ('train', 'val') for row in open_rows('pydoc', part))
+    """nanoGPT's meta.pkl of an alphabet of 103 characters, among them all of the Python reference."""
+    text = ''.join(row['text'] for split in ('train', 'val') for row in open_rows('pydoc', split))
     alphabet = sorted(set(text))
     alphabet += [chr(0x4e00 + i) for i in range(103 - len(alphabet))]
     assert len(alphabet) == 103
-    path.write_bytes(pickle.dumps({'vocab_size': 103, 'itos': dict(enumerate(alphabet)),
-                                   'stoi': {c: i for i, c in enumerate(alphabet)}}))
+    ids = {c: i for i, c in enumerate(alphabet)}
+    path.write_bytes(pickle.dumps({'vocab_size': 103, 'itos': dict(enumerate(alphabet)), 'stoi': ids}))
     return path
+
+
+def random_ids():
+    return torch.randint(0, 103, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def report_of(model):
+    """The lines of a load report, with one space between two columns."""
+    return [' '.join(line.split()) for line in model.load_report.splitlines()]
 
 
 @pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'])
 @pytest.mark.parametrize('bias', [False, True])
-def test_a_nanogpt_checkpoint_gives_the_same_logits_bit_by_bit_and_gains_eyes(tmp_path, prefix, bias):
+def test_logits_of_a_nanogpt_checkpoint_are_bit_identical_also_with_vision(tmp_path, prefix, bias):
     source = nanogpt(tmp_path / 'ckpt.pt', prefix=prefix, bias=bias)
-    eyes = {k: v for k, v in vars(tiny_config()).items() if 'vision' in k or 'patch' in k or k == 'max_image_tokens'}
-    model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', **eyes, vocab_size=128, image_token=103, block_size=64).eval()
-    idx = torch.randint(0, 103, (3, 40), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(model(idx, idx)[0][..., :103], source(idx, idx)[0])
+    new = {k: v for k, v in vars(tiny_config()).items() if 'vision' in k or 'patch' in k or k == 'max_image_tokens'}
+    model = load_model(tmp_path / 'ckpt.pt', **new, vocab_size=128, image_token=103, block_size=64).eval()
+    idx = random_ids()
+    assert torch.equal(model.logits(idx)[..., :103], source.logits(idx))
     assert model.transformer.wte.weight is model.lm_head.weight  # or an optimizer would train them twice
-    assert 'grown    transformer.wte       1 tensors      0.00M  103 -> 128 rows' in model.changes
-    assert '48 -> 64 rows' in model.changes and 'new      vision.encoder' in model.changes
-    assert not any(line.startswith('new') and 'vision.' not in line for line in model.changes.splitlines())
+    report = report_of(model)
+    assert 'grown transformer.wte 1 tensors 0.00M 103 -> 128 rows' in report
+    assert any(line.endswith('48 -> 64 rows') for line in report)
+    assert any(line.startswith('new vision.encoder') for line in report)
+    assert not any(line.startswith('new') and 'vision.' not in line for line in report)
 
 
 def test_block_size_shrinks_and_grows_by_rows(tmp_path):
     source = nanogpt(tmp_path / 'ckpt.pt').transformer.wpe.weight
-    assert torch.equal(GPT.from_checkpoint(tmp_path / 'ckpt.pt', block_size=20).transformer.wpe.weight, source[:20])
-    assert torch.equal(GPT.from_checkpoint(tmp_path / 'ckpt.pt', block_size=60).transformer.wpe.weight[:48], source)
+    assert torch.equal(load_model(tmp_path / 'ckpt.pt', block_size=20).transformer.wpe.weight, source[:20])
+    assert torch.equal(load_model(tmp_path / 'ckpt.pt', block_size=60).transformer.wpe.weight[:48], source)
 
 
 def test_new_tokens_are_hardly_ever_predicted(tmp_path):
     source = nanogpt(tmp_path / 'ckpt.pt')
-    model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', vocab_size=128).eval()
-    idx = torch.randint(0, 103, (3, 40), generator=torch.Generator().manual_seed(0))
-    best, new = source(idx, idx)[0].softmax(-1).max(), model(idx, idx)[0].softmax(-1)[..., 103:]
+    model = load_model(tmp_path / 'ckpt.pt', vocab_size=128).eval()
+    best = source.logits(random_ids()).softmax(-1).max()
+    new = model.logits(random_ids()).softmax(-1)[..., 103:]
     assert new.max() < best / 2
-    twice = GPT.from_checkpoint(tmp_path / 'ckpt.pt', vocab_size=128)
-    assert torch.equal(twice.transformer.wte.weight, model.transformer.wte.weight)  # the same whenever it is loaded
+    again = load_model(tmp_path / 'ckpt.pt', vocab_size=128)
+    assert torch.equal(again.transformer.wte.weight, model.transformer.wte.weight)  # the same whenever it is loaded
 
 
 @pytest.mark.parametrize('change, words', [
     ({'_orig_mod.transformer.h.0.mlp.c_fc.weight': torch.zeros(3, 3)}, ['c_fc.weight is (3, 3), not (128, 32)']),
     ({'_orig_mod.transformer.h.0.mlp.extra': torch.zeros(1)}, ['unexpected transformer.h.0.mlp.extra']),
     ({'_orig_mod.lm_head.weight': torch.zeros(103, 32)}, ['lm_head.weight is not tied'])])
-def test_whatever_does_not_fit_is_listed(tmp_path, change, words):
+def test_tensors_that_do_not_fit_are_listed(tmp_path, change, words):
     nanogpt(tmp_path / 'ckpt.pt', **change)
     with pytest.raises(ValueError) as error:
-        GPT.from_checkpoint(tmp_path / 'ckpt.pt')
+        load_model(tmp_path / 'ckpt.pt')
     assert all(word in str(error.value) for word in words)
 
 
-def test_missing_tensors_are_listed_all_of_them(tmp_path):
+def test_all_missing_tensors_are_listed(tmp_path):
     nanogpt(tmp_path / 'ckpt.pt')
-    checkpoint = load_checkpoint(tmp_path / 'ckpt.pt')
-    del checkpoint['model']['_orig_mod.transformer.ln_f.weight'], checkpoint['model']['_orig_mod.transformer.h.1.ln_1.weight']
+    checkpoint = read_weights(tmp_path / 'ckpt.pt')
+    del checkpoint['model']['transformer.ln_f.weight'], checkpoint['model']['transformer.h.1.ln_1.weight']
     with pytest.raises(ValueError, match='missing transformer.h.1.ln_1.weight; missing transformer.ln_f.weight'):
-        GPT.from_state(checkpoint, 'x')
+        build_model(checkpoint, 'x')
     with pytest.raises(ValueError, match='a vocabulary does not shrink'):
-        GPT.from_checkpoint(tmp_path / 'ckpt.pt', vocab_size=64)
+        load_model(tmp_path / 'ckpt.pt', vocab_size=64)
 
 
-def test_half_of_the_eyes_missing_is_not_a_blind_model():
+def test_vision_with_a_missing_tensor_raises(tmp_path):
+    """A checkpoint without any vision is of a text-only model, but half of it is a mistake."""
     state = make_model().state_dict()
     del state['vision.connector.net.0.weight']
+    torch.save({'model': state, 'model_args': vars(tiny_config())}, tmp_path / 'ckpt.pt')
     with pytest.raises(ValueError, match='missing vision.connector.net.0.weight'):
-        GPT.from_state({'model': state, 'model_args': vars(tiny_config())}, 'x')
+        load_model(tmp_path / 'ckpt.pt')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # GPT-2 as Hugging Face writes it
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=32, n_positions=64, vocab_size=211)
@@ -136,16 +150,16 @@ VARIANTS = {'as written': lambda t: t, 'upstream': upstream,
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_gpt2_logits_are_hugging_faces(gpt2, tmp_path, variant):
+def test_logits_are_those_of_hugging_face_gpt2(gpt2, tmp_path, variant):
     folder, theirs = gpt2
-    ours = GPT.from_pretrained(str(copy_of(folder, tmp_path / 'x', VARIANTS[variant]))).eval()
+    ours = GPT.from_pretrained(copy_of(folder, tmp_path / 'x', VARIANTS[variant])).eval()
     idx = torch.randint(0, 211, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = theirs(idx).logits
-        assert (ours(idx, idx)[0] - expected).abs().max() < 1e-4 and expected.std() > 0.1
+        assert (ours.logits(idx) - expected).abs().max() < 1e-4 and expected.std() > 0.1
 
 
-def test_gpt2_that_is_not_what_it_should_be_is_refused(gpt2, tmp_path):
+def test_damaged_or_unsupported_gpt2_raises(gpt2, tmp_path):
     folder, _ = gpt2
     x = tmp_path / 'x'
 
@@ -161,7 +175,7 @@ def test_gpt2_that_is_not_what_it_should_be_is_refused(gpt2, tmp_path):
     copy_of(folder, x, n_layer=3)
     assert 'missing transformer.h.2.ln_1.weight' in message()
     copy_of(folder, x, model_type='bert')
-    assert "this GPT computes gpt2, llama, qwen3, not 'bert'" in message()
+    assert "expected a model of type gpt2, llama, qwen3, blip-2, got 'bert'" in message()
     copy_of(folder, x, activation_function='relu')
     assert "activation_function is 'relu'" in message()
     copy_of(folder, x, scale_attn_by_inverse_layer_idx=True)
@@ -179,7 +193,7 @@ def test_gpt2_that_is_not_what_it_should_be_is_refused(gpt2, tmp_path):
     assert "is no complete configuration of a gpt2: it has no 'n_head'" in message()
 
 
-def test_gpt2_by_name_without_a_network_says_what_to_do(tmp_path, monkeypatch):
+def test_gpt2_by_name_without_a_network_raises(tmp_path, monkeypatch):
     import huggingface_hub
 
     def offline(repository, allow_patterns):
@@ -191,11 +205,11 @@ def test_gpt2_by_name_without_a_network_says_what_to_do(tmp_path, monkeypatch):
     refused(process, 'gpt2-medium is not in the cache', '--init_from=FOLDER')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # in a run
 
 @pytest.mark.parametrize('prefix, vocab_size', [('_orig_mod.', 103), ('', 50304)])
-def test_a_nanogpt_checkpoint_trains_on_pictures_and_its_text_loss_is_watched(tmp_path, prefix, vocab_size):
+def test_nanogpt_checkpoint_trains_on_images_and_its_text_loss_is_reported(tmp_path, prefix, vocab_size):
     tokenizer = meta(tmp_path / 'meta.pkl') if vocab_size == 103 else 'gpt2'
     if tokenizer == 'gpt2':
         try:
@@ -205,13 +219,13 @@ def test_a_nanogpt_checkpoint_trains_on_pictures_and_its_text_loss_is_watched(tm
     nanogpt(tmp_path / 'ckpt.pt', vocab_size, prefix)
     process = train(tmp_path / 'out', f'--init_from={tmp_path}/ckpt.pt', f'--tokenizer={tokenizer}')
     assert process.returncode == 0, process.stderr
-    assert 'new      vision.connector' in process.stderr
+    assert 'new vision.connector' in ' '.join(process.stderr.split())
     assert ('103 -> 128 rows' in process.stderr) == (vocab_size == 103)  # 50304 have 47 spare rows
     evals = [r['eval'] for r in read_log(tmp_path / 'out') if 'eval' in r]
     assert all('text_loss' in e for e in evals) and evals[0]['text_loss'] != evals[-1]['text_loss']
 
 
-def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
+def test_checkpoint_of_another_tokenizer_raises(tmp_path):
     start = [f'--init_from={tmp_path}/ckpt.pt', '--tokenizer=bytes']
     nanogpt(tmp_path / 'ckpt.pt', 50304)
     refused(train(tmp_path / 'out', *start), 'not trained with the tokenizer bytes')
@@ -220,77 +234,102 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(tmp_path):
     refused(train(tmp_path / 'out', *start[:1]), 'does not say which tokenizer it was trained with: name it')
 
 
-def test_other_eyes_than_a_checkpoint_has_are_refused_and_its_own_are_kept(run_dir, tmp_path):
-    refused(train(tmp_path, f'--init_from={run_dir}/ckpt.pt', '--vision_encoder=ViT-B-32-quickgelu/openai'), 'already has eyes')
+def test_another_vision_encoder_than_the_checkpoints_raises_and_its_own_shape_is_kept(run_dir, tmp_path):
+    process = train(tmp_path, f'--init_from={run_dir}/ckpt.pt', '--vision_encoder=ViT-B-32-quickgelu/openai')
+    refused(process, 'already has a vision encoder')
     process = train(tmp_path, f'--init_from={run_dir}/ckpt.pt', '--connector=mlp', '--n_layer=5')
-    assert process.returncode == 0 and "as in the checkpoint: n_layer 2, connector 'linear'" in process.stderr, process.stderr
+    assert process.returncode == 0, process.stderr
+    kept = next(line for line in process.stderr.splitlines() if line.startswith('as in the checkpoint: '))
+    assert set(kept.partition(': ')[2].split(', ')) == {'n_layer 2', "connector 'linear'"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_every_source_becomes_the_same_dict(run_dir, gpt2, tmp_path):
+    """A nanoGPT checkpoint, ours, an export and a folder as on the hub."""
+    nanogpt(tmp_path / 'ckpt.pt')
+    assert inside('sample.py', f'--out_dir={run_dir}', f'--export={tmp_path}/export').returncode == 0
+    exported = read_weights(tmp_path / 'export' / 'glimpse.safetensors')
+    ours = read_weights(run_dir / 'ckpt.pt')
+    for checkpoint in (read_weights(tmp_path / 'ckpt.pt'), ours, exported, read_weights(gpt2[0])):
+        assert {'model', 'model_args', 'config', 'base_model', 'vision_fingerprint'} <= checkpoint.keys()
+        model = build_model(checkpoint, 'x')
+        assert checkpoint['model'].keys() == model.state_dict().keys()
+        assert vars(GPTConfig(**checkpoint['model_args'])) == vars(model.config)
+    assert exported['config']['tokenizer'] == ours['config']['tokenizer'] == 'bytes'
+    assert all(torch.equal(exported['model'][name], p) for name, p in ours['model'].items())
+
+
+# -----------------------------------------------------------------------------
 # LoRA
 
 LORA = ['--lora_rank=4', '--lora_alpha=8', '--optimizer=adamw']
 
 
-def test_lora_starts_as_the_model_was_and_merges_into_what_it_became(tmp_path):
+def test_lora_starts_as_the_model_was_and_merging_keeps_its_logits(tmp_path):
     source = nanogpt(tmp_path / 'ckpt.pt')
-    model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', lora_rank=4, lora_alpha=8.0).eval()
-    idx = torch.randint(0, 103, (3, 40), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(model(idx, idx)[0], source(idx, idx)[0])
-    assert model.base['init_from'] == tmp_path / 'ckpt.pt' and 'new      LoRA' in model.changes
+    model = load_model(tmp_path / 'ckpt.pt', lora_rank=4, lora_alpha=8.0).eval()
+    idx = random_ids()
+    assert torch.equal(model.logits(idx), source.logits(idx))
+    assert model.base_model['init_from'] == tmp_path / 'ckpt.pt'
+    assert any(line.startswith('new LoRA') for line in report_of(model))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if '.lora_b' in name:
                 p.normal_(std=0.1)
-    before = model(idx, idx)[0]
-    assert (before - source(idx, idx)[0]).abs().max() > 0.1
+    before = model.logits(idx)
+    assert (before - source.logits(idx)).abs().max() > 0.1
     model.merge_lora()
-    torch.testing.assert_close(model(idx, idx)[0], before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.logits(idx), before, atol=1e-4, rtol=1e-4)
     assert model.state_dict().keys() == source.state_dict().keys() and model.config.lora_rank == 0
 
 
-def test_lora_trains_its_updates_alone(tmp_path):
+def test_lora_trains_only_its_updates(tmp_path):
     nanogpt(tmp_path / 'ckpt.pt')
-    model = GPT.from_checkpoint(tmp_path / 'ckpt.pt', lora_rank=4)
-    optimizers = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu', optimizer='muon')
-    trained = {id(p) for o in optimizers for g in o.param_groups for p in g['params']}
+    model = load_model(tmp_path / 'ckpt.pt', lora_rank=4)
+    optimizers = configure_optimizers(model, optimizer_config(optimizer='muon'))
+    trained = {id(p) for opt in optimizers for group in opt.param_groups for p in group['params']}
     assert trained == {id(p) for n, p in model.named_parameters() if '.lora_' in n} and len(optimizers) == 1
     assert len(trained) == 2 * 2 * 4  # two of each of the four Linears of the two blocks
-    idx = torch.randint(0, 103, (3, 40))
-    model(idx, idx)[1].backward()
+    idx = random_ids()
+    model({'idx': idx, 'targets': idx, 'images': None})['lm'].backward()
     assert all((p.grad is not None) == (id(p) in trained) for p in model.parameters())
 
 
-def test_a_lora_run_saves_little_resumes_exactly_and_needs_the_model_it_adapts(run_dir, tmp_path):
+def test_lora_run_saves_little_resumes_exactly_and_needs_the_model_it_adapts(run_dir, tmp_path):
     start = [f'--init_from={run_dir}/ckpt.pt', *LORA]
-    assert train(tmp_path / 'a', *start, '--max_iters=6').returncode == 0
-    state = load_checkpoint(tmp_path / 'a' / 'ckpt.pt')
-    assert all('.lora_' in name or name.startswith('vision.') for name in state['model'])
-    assert state['base']['init_from'] == f'{run_dir}/ckpt.pt'
-    # the rest of the model is where it was
-    model, base = GPT.from_checkpoint(tmp_path / 'a' / 'ckpt.pt'), load_checkpoint(run_dir / 'ckpt.pt')['model']
+    process = train(tmp_path / 'a', *start, '--max_iters=6')
+    assert process.returncode == 0, process.stderr
+    checkpoint = read_checkpoint(tmp_path / 'a' / 'ckpt.pt')
+    assert all('.lora_' in name or name.startswith('vision.') for name in checkpoint['model'])
+    assert checkpoint['base_model']['init_from'] == f'{run_dir}/ckpt.pt'
+    # the rest of the model stays where it was
+    model = load_model(tmp_path / 'a' / 'ckpt.pt')
+    base = read_weights(run_dir / 'ckpt.pt')['model']
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, base['transformer.h.0.mlp.c_fc.weight'])
-    # stopped after 4 of 6 steps, and gone on with
+    # stopped after 4 of 6 steps, and continued
     assert train(tmp_path / 'c', *start, '--max_iters=4', '--lr_decay_iters=6').returncode == 0
     process = train(tmp_path / 'c', '--init_from=resume', *LORA, '--max_iters=6', '--lr_decay_iters=6')
     assert process.returncode == 0, process.stderr
     assert train(tmp_path / 'd', *start, '--max_iters=6', '--lr_decay_iters=6').returncode == 0
-    c, d = (load_checkpoint(tmp_path / x / 'ckpt.pt')['model'] for x in 'cd')
+    c = read_checkpoint(tmp_path / 'c' / 'ckpt.pt')['model']
+    d = read_checkpoint(tmp_path / 'd' / 'ckpt.pt')['model']
     assert c.keys() == d.keys() and all(torch.equal(c[k], d[k]) for k in c)
     # another rank, and merging
     refused(train(tmp_path / 'e', f'--init_from={tmp_path}/a/ckpt.pt', '--lora_rank=2'), 'LoRA updates of rank 4')
     process = train(tmp_path / 'e', f'--init_from={tmp_path}/a/ckpt.pt', '--max_iters=2')
-    assert process.returncode == 0 and not any('.lora_' in k for k in load_checkpoint(tmp_path / 'e' / 'ckpt.pt')['model'])
-    # the model it adapts has become another one
-    other = tmp_path / 'base.pt'
-    checkpoint = load_checkpoint(run_dir / 'ckpt.pt')
-    checkpoint['model']['transformer.ln_f.weight'] += 1
-    torch.save(checkpoint, other)
-    state['base']['init_from'] = str(other)
+    assert process.returncode == 0, process.stderr
+    assert not any('.lora_' in name for name in read_checkpoint(tmp_path / 'e' / 'ckpt.pt')['model'])
+    # the model it adapts has changed
+    changed = tmp_path / 'base.pt'
+    base_checkpoint = read_checkpoint(run_dir / 'ckpt.pt')
+    base_checkpoint['model']['transformer.ln_f.weight'] += 1
+    torch.save(base_checkpoint, changed)
+    checkpoint['base_model']['init_from'] = str(changed)
+    path = tmp_path / 'lora.pt'
+    torch.save(checkpoint, path)
     with pytest.raises(ValueError, match='what is there now are other weights'):
-        GPT.from_state(state, 'x')
+        load_model(path)
     # or is gone: then it is not the updates that are missing
-    other.unlink()
-    with pytest.raises(ValueError, match='^x holds LoRA updates only; the model they adapt .* no checkpoint at .*base.pt'):
-        GPT.from_state(state, 'x')
-    refused(train(tmp_path / 'f', *LORA), 'lora_rank adapts a model')
+    changed.unlink()
+    with pytest.raises(ValueError, match='lora.pt holds LoRA updates only; the model they adapt .* no checkpoint at .*base.pt'):
+        load_model(path)
+    refused(train(tmp_path / 'f', *LORA), 'lora_rank adapts a trained model')

@@ -595,7 +595,7 @@ def test_mistakes_end_in_one_sentence(tmp_path, knobs, words):
 
 
 @pytest.mark.parametrize('row, words', [
-    (turn('hi <image>', 'x', 'x.png', 'x.png'), ['2 images, but only 1 <image>']),
+    (turn('hi <image>', 'x', 'x.png', 'x.png'), ['train.jsonl, line 1', '2 images']),
     (turn('<image>', 'x', 'gone.png'), ['no image at', 'gone.png']),
     ({'messages': [{'role': 'user', 'content': 'no answer'}]}, ['nothing in this step is in the loss'])])
 def test_rows_that_cannot_be_trained_on_are_named(tmp_path, row, words):
