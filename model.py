@@ -186,10 +186,7 @@ class MLP(nn.Module):
 
     def forward(self, x, lora_mask=None):
         inner = self.c_fc(x, lora_mask)                                                  # (B, T, n_inner)
-        if self.c_gate is None:
-            inner = self.gelu(inner)
-        else:
-            inner = F.silu(self.c_gate(x, lora_mask)) * inner
+        inner = F.silu(self.c_gate(x, lora_mask)) * inner if self.c_gate else self.gelu(inner)
         return self.dropout(self.c_proj(inner, lora_mask))
 
 
@@ -288,15 +285,12 @@ class GPT(nn.Module):
             advances = advances & (~is_image | (source % L == 0))
         pos = (advances.cumsum(1) - 1).clamp(min=0)                                      # (B, T)
         if not torch.compiler.is_compiling():  # reading values would break the graph; prepare_data.collate checks them too
-            self.check_sequence(int(is_image.sum()), int(n_embeds), int(pos.max()) + 1)
+            if is_image.sum() != n_embeds:
+                raise ValueError(f'the sequence has {is_image.sum()} <image> ids, but the images make {n_embeds} tokens')
+            if pos.max() >= self.config.block_size:
+                raise ValueError(f'a sequence takes {pos.max() + 1} positions, but block_size is {self.config.block_size}: '
+                                 'shorten it or train with a larger block_size')
         return self.add_position_embedding(x, pos), pos
-
-    def check_sequence(self, n_places, n_embeds, length):
-        if n_places != n_embeds:
-            raise ValueError(f'the sequence has {n_places} <image> ids, but the images make {n_embeds} tokens')
-        if length > self.config.block_size:
-            raise ValueError(f'a sequence takes {length} positions, but block_size is {self.config.block_size}: '
-                             'shorten it or train with a larger block_size')
 
     def add_position_embedding(self, x, pos):
         """Embeddings (..., C) at positions (...), if those are learned. RoPE acts in the attention of each layer."""
@@ -947,13 +941,13 @@ def to_hugging_face(model):
              if not name.startswith('vision.') and '.lora_' not in name}
     if c.tie_weights:
         del state['lm_head.weight']
-    common = {'vocab_size': c.vocab_size, 'tie_word_embeddings': c.tie_weights, 'dtype': str(model.lm_head.weight.dtype)[6:]}
+    config = {'vocab_size': c.vocab_size, 'tie_word_embeddings': c.tie_weights, 'dtype': str(model.lm_head.weight.dtype)[6:]}
     switches = c.norm, c.position, c.mlp
     is_multi_head = attn.c_attn.weight.shape[0] == 3 * c.n_embd
     if switches == ('layernorm', 'learned', 'gelu') and not c.qk_norm and is_multi_head:
-        return {**common, **gpt2_config(c)}, dict(to_gpt2(state, c.bias))
+        return {**config, **gpt2_config(c)}, dict(to_gpt2(state, c.bias))
     if switches == ('rmsnorm', 'rope', 'swiglu') and not c.bias:
-        return {**common, **llama_config(c, attn)}, dict(to_llama(state, attn))
+        return {**config, **llama_config(c, attn)}, dict(to_llama(state, attn))
     raise ValueError(f'no class of Hugging Face computes norm {c.norm}, position {c.position}, mlp {c.mlp}, '
                      f'{"with" if c.bias else "without"} bias{" and qk_norm" * c.qk_norm}')
 

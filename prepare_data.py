@@ -137,7 +137,7 @@ class FileRows:
         build = functools.partial(index_rows, every=VAL_EVERY if split else 0)
         index = map_index(path, build, np.int64, 'split-index' if split else 'index')
         n_train = len(index) - 1 - index[-1]
-        if len(index) == 1:
+        if len(index) == 1 and self.table is None:
             raise ValueError(f'{path} holds no row')
         self.positions = index[n_train:-1] if split == 'val' else index[:n_train]
 
@@ -727,21 +727,23 @@ class Tokenizer:
         shape = (('user', SLOT), ('assistant', SLOT))
         self.content_is_list = False
         try:
-            render_template(self, shape)
+            template_segments(self, shape)
         except ValueError:  # the template may expect a list of texts and images
             self.content_is_list = True
-        answer_ends = [text for text, is_special, is_answer in render_template(self, shape) if is_special and is_answer]
+        turns = template_segments(self, shape)
+        answer_ends = [text for text, is_special, is_answer in turns if is_special and is_answer]
         self.end_ids = [self.special[token] for token in dict.fromkeys([self.end, *answer_ends])]
 
     def encode(self, text):
-        """Data text -> ids. What looks like a special token stays text. ValueError for a character without an id."""
+        """Data text -> ids; special tokens in it stay text. ValueError for a character without an id."""
         return self.encode_segments([(text, False, False)])[0]
 
     def encode_segments(self, pieces, char_level=False):
         """
-        [(text, is_special, in_loss)] -> the ids, and for each id whether it is in the loss. Text between two special tokens is
-        encoded as one string, as transformers does: a token may cross the border of two segments, and is in the loss if one of
-        its characters is. With char_level, each character in the loss is encoded alone.
+        [(text, is_special, in_loss)] -> the ids, and for each id whether it is in the loss. Text between
+        two special tokens is encoded as one string, as transformers does: a token may cross the border of
+        two segments, and is in the loss if one of its characters is. With char_level, each character in the
+        loss is encoded alone.
         """
         text = flags = ''
         marked = []  # what the marks stand for: an id, or None, where a mark only keeps texts apart
@@ -757,7 +759,7 @@ class Tokenizer:
             text += piece
             flags += str(int(in_loss)) * len(piece)
         marked = iter(marked)
-        ids, in_losses = [], []
+        ids, ids_in_loss = [], []
         for token, (start, end) in zip(*self.encode_with_offsets(text)):
             characters = text[start:end]
             if characters == MARK:
@@ -766,19 +768,20 @@ class Tokenizer:
                 raise ValueError(f'{self.name} makes a special token of the text {characters!r}: leave it out')
             if token is not None:
                 ids.append(token)
-                in_losses.append('1' in flags[start:end])
-        return ids, in_losses
+                ids_in_loss.append('1' in flags[start:end])
+        return ids, ids_in_loss
 
     def encode_with_offsets(self, text):
         """The ids of a text in which MARK is a token, and for each id where its characters start and end."""
         unknown = set(text) - {*self.characters, MARK} if self.characters else ''
         if unknown:
-            raise ValueError(f'{self.name} has no id for the characters {"".join(sorted(unknown))!r}: leave them out or take '
-                             '--tokenizer=bytes')
+            raise ValueError(f'{self.name} has no id for the characters {"".join(sorted(unknown))!r}: leave them '
+                             'out or take --tokenizer=bytes')
         ids = self.backend.encode(text, allowed_special={MARK}, disallowed_special=())
         starts = self.backend.decode_with_offsets(ids)[1]
         ends = [*starts[1:], len(text)]
-        return ids, [(start, max(start + 1, end)) for start, end in zip(starts, ends)]  # a character may be several ids
+        # a character may be several ids
+        return ids, [(start, max(start + 1, end)) for start, end in zip(starts, ends)]
 
     def decode(self, ids):
         """Ids -> text, special tokens by name. Bytes that are no UTF-8 become U+FFFD."""
@@ -786,8 +789,8 @@ class Tokenizer:
 
     def allowed_ids(self, vocab_size):
         """
-        bool (vocab_size,): the ids that may be generated: text, the end tokens and what else the tokenizer brought along, but
-        not <image>, <|user|> and <|assistant|>, and nothing that it cannot decode.
+        bool (vocab_size,): the ids that may be generated: text, the end tokens and what else the tokenizer
+        brought along, but not <image>, <|user|> and <|assistant|>, and nothing that it cannot decode.
         """
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
         allowed[self.text_ids] = True
@@ -799,7 +802,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """The same by a tokenizers.Tokenizer, which is the backend."""
 
     def encode_with_offsets(self, text):
-        self.backend.encode_special_tokens = True  # as text; the switch is lost when a worker gets the tokenizer
+        self.backend.encode_special_tokens = True  # as text; pickling loses this switch
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
@@ -811,28 +814,29 @@ def get_tokenizer(name, system_prompt='auto'):
     """
     A Tokenizer by name:
 
-        bytes           one token a byte: 256 and the special ones; nothing to download, no text it cannot take
+        bytes           one token a byte: 256 and the special ones; nothing to download, takes any text
         gpt2            GPT-2's BPE, whose <|endoftext|> (50256) it keeps; tiktoken downloads it once
         .../meta.pkl    the characters of a nanoGPT dataset; other characters are refused
-        .../words.txt   each line of the file a word, one token with and one without a space before it; the rest is bytes
-        tokenizer.json  of Hugging Face, as a file, a folder with it, or OWNER/NAME on the hub, with its chat template
+        .../words.txt   a token for each word of the file, and one with a space before it; the rest is bytes
+        tokenizer.json  of Hugging Face: a file, a folder with it, or OWNER/NAME on the hub
 
-    system_prompt is the system message of conversations that have none; 'auto' leaves that to the chat template. Raises
-    ValueError for another name, and for files that are missing, damaged or cannot be downloaded.
+    system_prompt is the system message of conversations that have none; 'auto' leaves that to the chat
+    template. Raises ValueError for another name, and for files that are missing, damaged or cannot be
+    downloaded.
     """
     pattern = r'(?s:.)'
     special, characters = {}, ''
     if name.endswith(('.pkl', '.txt', '.json')) and not os.path.isfile(name):
-        raise ValueError(f'no tokenizer at {name}: "python prepare_data.py shapes" writes a words.txt, nanoGPT a meta.pkl; '
-                         '--tokenizer=bytes needs no file')
+        raise ValueError(f'no tokenizer at {name}: "python prepare_data.py shapes" writes a words.txt, nanoGPT a '
+                         'meta.pkl; --tokenizer=bytes needs no file')
     if name == 'bytes':
         ranks = {bytes([i]): i for i in range(256)}
     elif name == 'gpt2':
         try:
             gpt2 = tiktoken.get_encoding('gpt2')
         except OSError as error:
-            raise ValueError(f"GPT-2's BPE is not in tiktoken's cache and cannot be downloaded ({type(error).__name__}): "
-                             'connect once, or use --tokenizer=bytes') from error
+            raise ValueError("GPT-2's BPE is not in tiktoken's cache and cannot be downloaded "
+                             f'({type(error).__name__}): connect once, or use --tokenizer=bytes') from error
         pattern, ranks, special = gpt2._pat_str, gpt2._mergeable_ranks, dict(gpt2._special_tokens)
     elif name.endswith('.pkl'):
         ranks = read_meta(name)
@@ -843,17 +847,18 @@ def get_tokenizer(name, system_prompt='auto'):
     elif name.endswith('.json') or os.path.isdir(name) or name.count('/') == 1:
         return read_hugging_face(name, system_prompt)
     else:
-        raise ValueError('tokenizer must be bytes, gpt2, the path of a meta.pkl, words.txt or tokenizer.json, or OWNER/NAME on '
-                         f'the hub, got {name!r}')
+        raise ValueError('tokenizer must be bytes, gpt2, the path of a meta.pkl, words.txt or tokenizer.json, or '
+                         f'OWNER/NAME on the hub, got {name!r}')
     for token in (IMAGE, USER, ASSISTANT, END):
         special.setdefault(token, len(ranks) + len(special))
     backend = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                 special_tokens={**special, MARK: len(ranks) + len(special)})
-    return Tokenizer(name, backend, special, list(ranks.values()), system_prompt, {'eos_token': END}, characters=characters)
+    text_ids = list(ranks.values())
+    return Tokenizer(name, backend, special, text_ids, system_prompt, {'eos_token': END}, characters=characters)
 
 
 def read_meta(path):
-    """{character as UTF-8: id} of a nanoGPT meta.pkl. A pickle can run code, so this one may hold nothing but values."""
+    """{character as UTF-8: id} of a nanoGPT meta.pkl. A pickle can run code: this one may hold values only."""
 
     class Values(pickle.Unpickler):
         def find_class(self, module, name):
@@ -889,7 +894,7 @@ def read_hugging_face(name, system_prompt):
             folder = huggingface_hub.snapshot_download(name, allow_patterns=file_names)
         except Exception as error:  # the hub's client has many of its own
             raise ValueError(f'{name}: it is not in the cache of huggingface_hub and cannot be downloaded '
-                             f'({type(error).__name__}): connect once, or name a folder with its tokenizer.json') from error
+                             f'({type(error).__name__}): connect once, or name a folder with it') from error
     files = [os.path.join(folder, file_name) for file_name in file_names]
     if not os.path.isfile(files[0]):
         raise ValueError(f'{name} has no tokenizer.json: name another tokenizer, such as --tokenizer=gpt2')
@@ -901,20 +906,21 @@ def read_hugging_face(name, system_prompt):
                 config |= {'chat_template': f.read()} if path.endswith('.jinja') else json.load(f)
         backend = tokenizers.Tokenizer.from_file(files[0])
     except Exception as error:  # that of tokenizers has no class of its own
-        raise ValueError(f'{name}: its tokenizer.json or chat template cannot be read ({type(error).__name__}: {error}): '
-                         'download it again') from error
+        raise ValueError(f'{name}: its tokenizer.json or chat template cannot be read ({type(error).__name__}: '
+                         f'{error}): download it again') from error
     template = config.get('chat_template') or ''
     if isinstance(template, list):
-        template = next(entry['template'] for entry in template if entry['name'] == 'default')
+        template = {entry['name']: entry['template'] for entry in template}.get('default', '')
     names = {'eos_token': END}
     for key, token in config.items():
         if key.endswith('_token') and token:
             names[key] = token['content'] if isinstance(token, dict) else token
     backend.no_truncation()
     backend.no_padding()
-    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)  # adds no tokens, keeps offsets exact
-    # data may hold no <think> either, although it is not "special" in the file; runs of spaces are text
-    special = [token.content for token in backend.get_added_tokens_decoder().values() if not token.content.isspace()]
+    # adds no tokens and keeps offsets exact
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    special = [token for token in added if not token.isspace()]  # also <think>, which files do not call special
     special.append(IMAGE)
     if not template and '<|im_start|>' not in special:
         special += [USER, ASSISTANT]
@@ -954,9 +960,9 @@ CHATML = r"""
 
 def conversation_shape(example, system_prompt, prompt_only):
     """
-    What the rendered template depends on, and the texts that it does not depend on: ((role, piece, ...), ...), [text]. The
-    pieces of a content stand around its images. In a piece, SLOT stands for the text; white space around the text stays,
-    because templates may strip it.
+    What the rendered template depends on, and the texts that it does not depend on: ((role, piece, ...),
+    ...), [text]. The pieces of a content stand around its images. In a piece, SLOT stands for the text;
+    white space around the text stays, because templates may strip it.
     """
     messages = list(example['messages'])
     if system_prompt != 'auto' and messages[0]['role'] != 'system':
@@ -976,16 +982,17 @@ def conversation_shape(example, system_prompt, prompt_only):
 
 
 @functools.lru_cache(maxsize=1000)
-def render_template(tokenizer, shape, prompt_only=False):
+def template_segments(tokenizer, shape, prompt_only=False):
     """
-    The chat template for all conversations of one shape: [(text, is_special, is_answer)], with a number in the place of each
-    SLOT. So special tokens come from the template alone. An answer is a content of the assistant with what follows it, up to
-    the first special token. Raises ValueError if the template cannot be rendered.
+    The chat template for all conversations of one shape: [(text, is_special, is_answer)], with a number in
+    the place of each SLOT. So special tokens come from the template alone. An answer is a content of the
+    assistant with what follows it, up to the first special token. Raises ValueError if the template cannot
+    be rendered.
     """
-    texts = fill_template(tokenizer, shape, prompt_only)
-    # white space at the beginning of an answer, if the template keeps it, is what is missing without it
+    texts = render_template(tokenizer, shape, prompt_only)
+    # the template keeps the white space in front of an answer's text if it is missing when it is left out
     stripped = [[entry.lstrip() for entry in message] for message in shape]
-    stripped_texts = fill_template(tokenizer, stripped, prompt_only)
+    stripped_texts = render_template(tokenizer, stripped, prompt_only)
     roles = [role for role, *pieces in shape for piece in pieces if piece]
     out = []
     is_answer = False
@@ -1001,7 +1008,7 @@ def render_template(tokenizer, shape, prompt_only=False):
     return [segment for segment in out if segment[0] != '']
 
 
-def fill_template(tokenizer, shape, prompt_only):
+def render_template(tokenizer, shape, prompt_only):
     """The rendered template, cut at its slots: [text, number of a slot, text, ..., text]."""
     messages = []
     n_slots = 0
@@ -1012,14 +1019,17 @@ def fill_template(tokenizer, shape, prompt_only):
         content = IMAGE.join(pieces)
         if tokenizer.content_is_list:
             entries = filter(None, re.split(f'({IMAGE})', content))
-            content = [{'type': 'image'} if entry == IMAGE else {'type': 'text', 'text': entry} for entry in entries]
+            content = [{'type': 'image'} if entry == IMAGE else {'type': 'text', 'text': entry}
+                       for entry in entries]
         messages.append({'role': role, 'content': content})
-    # answers come without thinking: Qwen3's template puts an empty thought in front of them, then also at a prompt's end
-    variables = {'messages': messages, 'add_generation_prompt': prompt_only, 'enable_thinking': False, 'tools': None}
+    variables = {**tokenizer.names, 'messages': messages, 'tools': None, 'add_generation_prompt': prompt_only}
+    # Qwen3's template then ends a prompt with the empty thought that it writes in front of a last answer
+    variables['enable_thinking'] = False
     try:
-        rendered = compile_template(tokenizer.template).render(**variables, **tokenizer.names)
+        rendered = compile_template(tokenizer.template).render(variables)
     except Exception as error:  # whatever somebody's program raises
-        raise ValueError(f'{tokenizer.name}: its chat template cannot be rendered ({type(error).__name__}: {error})') from error
+        raise ValueError(f'{tokenizer.name}: its chat template cannot be rendered ({type(error).__name__}: '
+                         f'{error})') from error
     texts = re.split(f'{SLOT}(\\d+){SLOT}', rendered)
     texts[1::2] = map(int, texts[1::2])
     if sorted(texts[1::2]) != list(range(n_slots)):
@@ -1029,7 +1039,7 @@ def fill_template(tokenizer, shape, prompt_only):
 
 @functools.cache
 def compile_template(source):
-    """A chat template in Jinja, set up as in transformers. {% generation %}, which marks answers, changes nothing."""
+    """A chat template, with Jinja set up as in transformers. {% generation %} marks answers; it has no effect."""
     source = re.sub(r'({%[-+]?\s*)generation\b', r'\1if true', source)
     source = re.sub(r'({%[-+]?\s*)endgeneration\b', r'\1endif', source)
 
@@ -1049,9 +1059,10 @@ def compile_template(source):
 
 def segments(example, tokenizer, loss_on, prompt_only=False):
     """
-    An example as a list of (text or special token, is_special, in_loss): a conversation in the tokenizer's chat template, or a
-    text between its begin and end tokens. <image> is special only where there are images; "filling" is text in their place.
-    With prompt_only the last answer is left out, and what opens it stands at the end.
+    An example as a list of (text or special token, is_special, in_loss): a conversation in the tokenizer's
+    chat template, or a text between its begin and end tokens. <image> is special only if there are images;
+    "filling" is text instead of them. With prompt_only the last answer is left out, and what opens it
+    stands at the end.
     """
     loss_on = example.get('loss_on', loss_on)
     if loss_on not in ('assistant', 'all', 'postfix'):
@@ -1059,15 +1070,15 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
     out = []
     if 'messages' in example:
         shape, texts = conversation_shape(example, tokenizer.system_prompt, prompt_only)
-        for text, is_special, is_answer in render_template(tokenizer, shape, prompt_only):
+        for text, is_special, is_answer in template_segments(tokenizer, shape, prompt_only):
             in_loss = (is_answer or loss_on == 'all') and text != IMAGE
             out.append((text if isinstance(text, str) else texts[text], is_special, in_loss))
         return out
     image = [(IMAGE, True, False)]
-    if 'filling' in example:  # special tokens without a name and an id keep it apart from the text around it
+    if 'filling' in example:  # '' has no id: the filling is encoded apart, so targets do not depend on it
         image = [('', True, False), (example['filling'], False, False), ('', True, False)]
-    has_places = example.get('images') or 'filling' in example
-    texts = example['text'].split(IMAGE) if has_places else [example['text']]
+    has_images = example.get('images') or 'filling' in example
+    texts = example['text'].split(IMAGE) if has_images else [example['text']]
     for i, text in enumerate(texts):
         out += image if i else [(tokenizer.begin, True, False)]
         out.append((text, False, loss_on != 'postfix' or i == len(texts) - 1))
@@ -1076,29 +1087,34 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
 
 def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False, cache=None):
     """
-    An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}; config is the model's VisionConfig. With
-    `cache`, a FeatureCache, image files are not opened: their features come in the place of their patches. Of an example that
-    has "char_level": true, what is in the loss becomes a token for each character.
+    An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}; config is the model's
+    VisionConfig. With `cache`, a FeatureCache, image files are not opened: it has their (features, grid).
+    In an example with "char_level": true, each character in the loss is a token.
 
-    targets[t] is the token after idx[t], or -1 where it is not in the loss: for 'assistant' the loss is on the answers and
-    their end, for 'all' on every text token. Image tokens never are targets, but the last of them predicts the text after it.
-    Text that takes more than block_size positions is cut; an image, which takes one, is not, and neither is a prompt. Raises
-    ValueError if there are more or fewer <image> than images, or something does not fit.
+    targets[t] is the token after idx[t], or -1 where it is not in the loss: for 'assistant' the loss is on
+    the answers and their end, for 'all' on every text token. Image tokens never are targets, but the last
+    of them predicts the text after it. Text that takes more than block_size positions is cut; an image,
+    which takes one, is not, and neither is a prompt. Raises ValueError if there are more or fewer <image>
+    than images, or something does not fit.
     """
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
         raise ValueError('the example has an image, but the model has no vision_encoder')
-    images = [cache[source] if cache and isinstance(source, str) else vision.preprocess(load_image(source), config)
-              for source in sources]
+    images = []
+    for source in sources:
+        is_cached = cache and isinstance(source, str)
+        images.append(cache[source] if is_cached else vision.preprocess(load_image(source), config))
     pieces = segments(example, tokenizer, loss_on, prompt_only)
     ids, in_loss = tokenizer.encode_segments(pieces, example.get('char_level'))
     positions = [position for position, token in enumerate(ids) if token == tokenizer.image_id]
     if len(positions) != len(images):
-        raise ValueError(f'the example has {len(images)} images, but its text has {len(positions)} <image>: write one for each')
+        raise ValueError(f'the example has {len(images)} images, but its text has {len(positions)} <image>: write '
+                         'one for each')
     needed = len(ids) if prompt_only else 1 + max(positions, default=-1)
     if needed > config.block_size:
-        raise ValueError(f'{"the prompt takes" if prompt_only else "text and images up to the last image take"} {needed} '
-                         f'positions, but block_size is {config.block_size}: shorten the text or enlarge block_size')
+        subject = 'the prompt takes' if prompt_only else 'text and images up to the last image take'
+        raise ValueError(f'{subject} {needed} positions, but block_size is {config.block_size}: shorten the '
+                         'text or enlarge block_size')
     if not prompt_only:  # one more than block_size, because the last id is only a target
         del ids[config.block_size + 1:], in_loss[config.block_size + 1:]
     for position, image in reversed(list(zip(positions, images))):
@@ -1113,7 +1129,9 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
 
 def reference(example):
     """What the model should have answered: the last message's text, or the text after the last image."""
-    return example['messages'][-1]['content'] if 'messages' in example else example['text'].rpartition(IMAGE)[2]
+    if 'messages' in example:
+        return example['messages'][-1]['content']
+    return example['text'].rpartition(IMAGE)[2]
 
 
 def until_end(tokenizer, ids):
@@ -1126,7 +1144,7 @@ def collate(examples, config):
     Tokenized examples -> a batch:
         idx, targets  int64 (B, T), padded on the right with -1
         lengths       int64 (B,), the tokens of each example
-        images        vision.collate's (patches, grid) of all images, row by row; None for a model without vision
+        images        vision.collate's (patches, grid) of all images, row by row; None without vision
     Raises ValueError if ids and images disagree.
     """
     def pad(key):
@@ -1147,9 +1165,9 @@ def collate(examples, config):
 
 class Batches(torch.utils.data.Dataset):
     """
-    Micro-batch i holds the examples i * batch_size to (i + 1) * batch_size - 1, whichever process computes it, and when.
-    What a user must read (a missing image, say) comes back as {'error': sentence}: raised in a loader's worker it would
-    arrive wrapped in that worker's traceback.
+    Micro-batch i holds the examples i * batch_size to (i + 1) * batch_size - 1, whichever process computes
+    it, and when. What a user must read (a missing image, say) comes back as {'error': sentence}: raised in
+    a loader's worker it would arrive wrapped in that worker's traceback.
     """
 
     def __init__(self, examples, tokenizer, config, batch_size, loss_on, cache=None):
@@ -1158,9 +1176,10 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         indices = range(i * self.batch_size, (i + 1) * self.batch_size)
+        arguments = self.tokenizer, self.config, self.loss_on
         try:
-            return collate([tokenize(self.examples[j], self.tokenizer, self.config, self.loss_on, cache=self.cache)
-                            for j in indices], self.config)
+            examples = [tokenize(self.examples[j], *arguments, cache=self.cache) for j in indices]
+            return collate(examples, self.config)
         except (ValueError, OSError) as error:
             return {'error': str(error)}
 
@@ -1451,6 +1470,8 @@ def prepare_coco(
         for file in (path, images):
             if not os.path.exists(file):
                 raise ValueError(f'{file} does not exist: expected the captions as COCO publishes them, and their images')
+        if os.path.isfile(images):
+            map_index(images, index_archive, MEMBER)  # once, before the threads need it
         rows += coco_rows(path, images, split)
     work = {'source': source, 'image_dir': image_dir, 'max_examples': max_examples, 'val_every': val_every}
     write_dataset(name, work, rows[:max_examples or None], to_caption_example)

@@ -6,7 +6,7 @@ What you do with a trained model: ask, chat, evaluate. The answer goes to stdout
     $ python sample.py --image a.png --interactive                       # a conversation
     $ python sample.py --image photos/ --prompt "Describe the image."    # every image of a folder, to a CSV
     $ python sample.py --image a.png --logprobs                          # which words is it not confident of?
-    $ python sample.py --out_dir=out/text_bytes --prompt "The with statement" --num_samples=3
+    $ python sample.py --out_dir=out/text_bytes --prompt "The with" --temperature=0.8 --num_samples=3
     $ python sample.py --eval=data/mine/val.jsonl                        # losses, greedy CER and exact match
     $ python sample.py --eval=coco_captions                              # captions: also BLEU-4, CIDEr-D
     $ python sample.py --out_dir=out/qformer_cpu --eval=pydoc            # a Q-Former's first stage: recall
@@ -61,7 +61,7 @@ eval_samples = 512       # examples to answer, or images and captions to compare
 batch_size = 0           # examples at a time, in an evaluation or a folder; 0: as in training
 export = ''              # a new folder to write the model to
 device = ''              # cuda, mps or cpu; '' takes the best that is there
-dtype = ''               # float32, bfloat16 or float16; '' takes bfloat16 on CUDA, else float32
+dtype = ''               # float32, bfloat16 or float16; '' takes the best that the device has
 tokenizer = ''           # as in train.py; '' takes the checkpoint's
 vision_encoder = ''      # where a pretrained encoder's weights are now, if their file has moved
 # -----------------------------------------------------------------------------
@@ -72,6 +72,13 @@ def find_device():
     if torch.cuda.is_available():
         return 'cuda'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def best_dtype(device_type):
+    """float32, but on CUDA bfloat16, or float16 where bfloat16 is only emulated (T4, V100)."""
+    if device_type != 'cuda':
+        return 'float32'
+    return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 
 
 def to_device(batch, where):
@@ -85,7 +92,7 @@ def answer(model, enc, examples, cache=None, return_logprobs=False, **generation
     """
     Answers, a list of str, to a batch of examples: conversations, without their last answer, or texts to
     continue. `generation` goes to model.generate; greedy by default. An answer does not depend on the rest of the
-    batch. With return_logprobs each is (answer, mean log-probability per token in nats, answer with marks).
+    batch. With return_logprobs each is (answer, mean log-probability per token in nats, marked answer).
     """
     config = model.config
     prompts = [tokenize(e, enc, config, prompt_only=True, cache=cache) for e in examples]
@@ -559,7 +566,7 @@ def load():
                          f'{model.config.vocab_size}: name the one it was trained with by --tokenizer')
     where = device or find_device()
     device_type = where.split(':')[0]
-    precision = getattr(torch, dtype or ('bfloat16' if device_type == 'cuda' else 'float32'))
+    precision = getattr(torch, dtype or best_dtype(device_type))
     for part, named in model.param_groups().items():
         for p in named.values():  # the vision encoder stays as precise as it was trained
             p.data = p.data.to(precision if part == 'gpt' else torch.float32)

@@ -32,7 +32,7 @@ from configurator import configure, knobs_of, run
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
 from prepare_data import Batches, Examples, FeatureCache, get_tokenizer, open_rows, parse_tasks
-from sample import Evaluation, find_device, to_device
+from sample import Evaluation, best_dtype, find_device, to_device
 from vision import VisionConfig, complete_config
 
 # -----------------------------------------------------------------------------
@@ -137,13 +137,6 @@ def setup_distributed(config):
     if dist_env.device_type == 'cuda':
         torch.set_float32_matmul_precision('high')  # tf32
     return dist_env
-
-
-def best_dtype(device_type):
-    """float32, but on CUDA bfloat16, or float16 where bfloat16 is only emulated (T4, V100)."""
-    if device_type != 'cuda':
-        return 'float32'
-    return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 
 
 # -----------------------------------------------------------------------------

@@ -1,26 +1,28 @@
-"""What must stay true of pictures with captions: where they come from, how they are varied, how answers to them are scored."""
+"""Images with captions: where they come from, how they are augmented, how generated captions are scored."""
 
 import io
 import json
+import os
 import random
 import tarfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import inside, refused, train
-from PIL import Image, ImageFont
+from PIL import Image
 
 import prepare_data
-from prepare_data import augmented, load_image, open_rows
+from prepare_data import augment_image, is_held_out, load_image, open_rows
 from sample import caption_words, cider_d, score_captions
 
 
-def picture(colour, kind='JPEG', size=(40, 30)):
-    """A picture of one colour as a file's bytes."""
+def image_bytes(color, image_format='JPEG', size=(40, 30)):
+    """An image of one color as a file's bytes."""
     file = io.BytesIO()
-    Image.new('RGB', size, colour).save(file, kind)
+    Image.new('RGB', size, color).save(file, image_format)
     return file.getvalue()
 
 
@@ -46,17 +48,17 @@ def coco(path, names):
         captions, len(captions))}))
 
 
-def test_coco_gives_every_caption_to_learn_and_all_of_a_picture_to_compare_with(folder):
+def test_coco_gives_every_caption_to_train_on_and_all_of_an_image_as_references(folder):
     (folder / 'annotations').mkdir()
     names = {'train': [f'{i:012d}.jpg' for i in range(6)], 'val': [f'{i:012d}.jpg' for i in range(6, 10)]}
     for part in names:
         (folder / 'coco' / f'{part}2017').mkdir(parents=True)
         coco(folder / 'annotations' / f'captions_{part}2017.json', names[part])
         for name in names[part]:
-            (folder / 'coco' / f'{part}2017' / name).write_bytes(picture('red'))
-    (folder / 'coco' / 'train2017' / names['train'][1]).write_bytes(picture('red')[:200])
+            (folder / 'coco' / f'{part}2017' / name).write_bytes(image_bytes('red'))
+    (folder / 'coco' / 'train2017' / names['train'][1]).write_bytes(image_bytes('red')[:200])
     process = inside('prepare_data.py', 'coco_captions', '--source=annotations', '--image_dir=coco')
-    assert process.returncode == 0 and 'left out: 1 rows, the image is broken' in process.stderr, process.stderr
+    assert process.returncode == 0 and 'skipped: 1 rows, the image is broken' in process.stderr, process.stderr
     rows, held_out = read('coco_captions', 'train'), read('coco_captions', 'val')
     assert len(rows) == 1 + 3 + 1 + 2 + 3 and not any('references' in row for row in rows)
     assert {row['text'] for row in rows[1:4]} == {f'<image>Caption {k} of 000000000002.jpg.' for k in range(3)}
@@ -65,14 +67,15 @@ def test_coco_gives_every_caption_to_learn_and_all_of_a_picture_to_compare_with(
     example = open_rows('coco_captions', 'val')[2]
     assert load_image(example['images'][0]).size == (40, 30) and len(example['references']) == 3
     # one file, to be split here, and its images in a zip
-    import zipfile
     with zipfile.ZipFile(folder / 'train2017.zip', 'w') as archive:
         for name in names['train']:
             archive.write(folder / 'coco' / 'train2017' / name, f'train2017/{name}')
     process = inside('prepare_data.py', 'coco_captions', '--source=annotations/captions_train2017.json',
                      '--image_dir=train2017.zip', '--name=one', '--val_every=2')
     assert process.returncode == 0, process.stderr
-    assert {row['image_path'] for row in read('one', 'train')}.isdisjoint(row['image_path'] for row in read('one', 'val'))
+    held_out = {os.path.basename(row['images'][0]) for row in read('one', 'val')}
+    assert held_out == {name for name in names['train'] if is_held_out(name, 2)} - {names['train'][1]} and held_out
+    assert held_out.isdisjoint(os.path.basename(row['images'][0]) for row in read('one', 'train'))
     assert load_image(open_rows('one', 'train')[0]['images'][0]).size == (40, 30)
     refused(inside('prepare_data.py', 'coco_captions'), 'expected --source=FOLDER with captions_train2017.json')
     refused(inside('prepare_data.py', 'coco_captions', '--source=coco', '--image_dir=coco'), 'does not exist')
@@ -80,50 +83,81 @@ def test_coco_gives_every_caption_to_learn_and_all_of_a_picture_to_compare_with(
     refused(inside('prepare_data.py', 'coco_captions', '--source=bad.json', '--image_dir=coco'), 'not a captions file')
 
 
+def test_coco_from_a_zip_lists_its_names_once(folder, monkeypatch):
+    names = [f'{i:012d}.jpg' for i in range(300)]
+    coco(folder / 'captions.json', names)
+    with zipfile.ZipFile(folder / 'train2017.zip', 'w') as archive:
+        for name in names:
+            archive.writestr(f'train2017/{name}', image_bytes('red'))
+    calls = []
+    monkeypatch.setattr(zipfile.ZipFile, 'infolist', lambda self: calls.append(self) or self.filelist)
+    monkeypatch.setattr(zipfile.ZipFile, 'namelist', lambda self: calls.append(self) or list(self.NameToInfo))
+    process = inside('prepare_data.py', 'coco_captions', '--source=captions.json', '--image_dir=train2017.zip')
+    assert process.returncode == 0, process.stderr
+    assert len(calls) == 1
+
+
 def shard(path, first, count, cut=None):
     """A .tar in the WebDataset format, as img2dataset writes it and pixparse/cc3m-wds is published."""
     with tarfile.open(path, 'w') as tar:
         for i in range(first, first + count):
-            image = picture((i, 0, 0))[:cut if i == first else None]
+            image = image_bytes((i, 0, 0))[:cut if i == first else None]
             for kind, data in (('jpg', image), ('json', json.dumps({'caption': f'No {i}', 'status': 'success'}).encode()),
-                               ('txt', f'Picture number {i}'.encode())):
+                               ('txt', f'Image number {i}'.encode())):
                 member = tarfile.TarInfo(f'{i:09d}.{kind}')
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 
 
-def test_tars_become_zips_out_of_which_pictures_are_read(folder):
+def test_images_are_read_out_of_tars_in_place(folder):
     (folder / 'wds').mkdir()
     shard(folder / 'wds' / 'cc3m-train-0000.tar', 0, 9)
     shard(folder / 'wds' / 'cc3m-train-0001.tar', 9, 9, cut=150)
     process = inside('prepare_data.py', 'cc3m', '--source=wds', '--name=cc', '--val_every=4')
-    assert process.returncode == 0 and 'left out: 1 rows, the image is broken' in process.stderr, process.stderr
+    assert process.returncode == 0 and 'skipped: 1 rows, the image is broken' in process.stderr, process.stderr
     rows = read('cc', 'train') + read('cc', 'val')
     assert sorted(int(row['text'].rpartition(' ')[2]) for row in rows) == [i for i in range(18) if i != 9]
     for row in open_rows('cc', 'val'):
         number = int(row['text'].rpartition(' ')[2])
-        assert row['references'] == [f'Picture number {number}']
+        assert row['references'] == [f'Image number {number}']
         assert abs(load_image(row['images'][0]).getpixel((0, 0))[0] - number) < 4
-    assert sorted(p.name for p in Path('data/cc/images').iterdir()) == ['cc3m-train-0000.zip', 'cc3m-train-0001.zip']
-    before = [Path(f'data/cc/{part}.jsonl').read_bytes() for part in ('train', 'val')]
-    for tar in (folder / 'wds').iterdir():  # what is converted is not asked for again
-        tar.write_bytes(b'')
-    assert inside('prepare_data.py', 'cc3m', '--source=wds', '--name=cc', '--val_every=4').returncode == 0
-    assert before == [Path(f'data/cc/{part}.jsonl').read_bytes() for part in ('train', 'val')]
+    assert sorted(p.name for p in Path('data/cc').iterdir() if 'index' not in p.name) == ['skipped.jsonl', 'train.jsonl', 'val.jsonl']
+    assert [row['image'] for row in read('cc', 'skipped')] == ['cc3m-train-0001.tar/000000009.jpg']
+    one = inside('prepare_data.py', 'cc3m', '--source=wds/cc3m-train-0000.tar', '--name=one', '--val_every=4')
+    assert one.returncode == 0 and len(read('one', 'train') + read('one', 'val')) == 9, one.stderr
+    (folder / 'wds' / 'cc3m-train-0000.tar').write_bytes(b'')
     refused(inside('prepare_data.py', 'cc3m', '--source=wds', '--name=other'), 'cc3m-train-0000.tar is broken or cut off')
-    assert not list(Path('data/other/images').glob('*.zip'))
+    assert not Path('data/other/train.jsonl').exists()
 
 
-def test_a_folder_that_img2dataset_has_written_stays_where_it_is(folder):
+def test_tars_of_the_hub_are_downloaded_and_stay_tars(folder, monkeypatch):
+    import huggingface_hub
+    shard(folder / 'a.tar', 0, 30)
+    shard(folder / 'b.tar', 30, 30)
+    monkeypatch.setattr(huggingface_hub, 'list_repo_files', lambda *args, **kwargs: ['README.md', 'b.tar', 'a.tar'])
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repository, file, repo_type: str(folder / file))
+    process = inside('prepare_data.py', 'cc3m', '--val_every=4', '--max_examples=40')
+    assert process.returncode == 0, process.stderr
+    rows = read('cc3m', 'train') + read('cc3m', 'val')
+    assert len(rows) == 40 and {Path(row['images'][0]).parent.name for row in rows} == {'a.tar', 'b.tar'}
+
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError('offline')
+
+    monkeypatch.setattr(huggingface_hub, 'list_repo_files', offline)
+    refused(inside('prepare_data.py', 'cc3m'), 'pixparse/cc3m-wds cannot be listed', '--source=FOLDER')
+
+
+def test_a_folder_that_img2dataset_has_written_is_read_in_place(folder):
     (folder / 'mine' / '00000').mkdir(parents=True)
     for i in range(8):
-        (folder / 'mine' / '00000' / f'{i:09d}.jpg').write_bytes(picture((0, i, 0)))
+        (folder / 'mine' / '00000' / f'{i:09d}.jpg').write_bytes(image_bytes((0, i, 0)))
         if i != 3:
             (folder / 'mine' / '00000' / f'{i:09d}.txt').write_text(f' green  {i}\n')
     process = inside('prepare_data.py', 'cc3m', '--source=mine', '--val_every=3')
-    assert process.returncode == 0 and 'left out: 1 rows, it has no caption' in process.stderr, process.stderr
+    assert process.returncode == 0 and 'skipped: 1 rows, it has no caption' in process.stderr, process.stderr
     rows = read('mine', 'train') + read('mine', 'val')
-    assert len(rows) == 7 and all(row['image_path'].startswith(str(folder)) for row in rows)
+    assert len(rows) == 7 and all(row['images'][0].startswith(str(folder)) for row in rows)
     assert rows[0]['text'].startswith('<image>green ')
     process = inside('prepare_data.py', 'cc3m', '--source=mine', '--val_every=3', '--max_examples=5', '--name=five')
     assert process.returncode == 0, process.stderr
@@ -132,60 +166,36 @@ def test_a_folder_that_img2dataset_has_written_stays_where_it_is(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# emoji
-
-def test_without_a_colour_emoji_font_it_says_how_to_get_one(folder, monkeypatch):
-    plain = folder / 'plain.ttf'
-    plain.write_bytes(ImageFont.load_default(20).font_bytes)
-    refused(inside('prepare_data.py', 'emoji', f'--source={plain}'), 'emoji: expected a colour emoji font such as Noto')
-    assert not Path('data/emoji/train.jsonl').exists()
-    (folder / 'no.ttf').write_bytes(b'no font')
-    refused(inside('prepare_data.py', 'emoji', '--source=no.ttf'), 'not a font')
-
-
-@pytest.mark.skipif(not any(map(Path.exists, map(Path, prepare_data.EMOJI_FONTS))), reason='no colour emoji font is installed')
-def test_emoji_have_their_unicode_names_and_held_out_ones_are_unseen(folder):
-    process = inside('prepare_data.py', 'emoji')
-    assert process.returncode == 0, process.stderr
-    rows, held_out = read('emoji', 'train'), read('emoji', 'val')
-    names = [row['text'] for row in rows + held_out]
-    assert len(names) == len(set(names)) > 1000 and len(held_out) > 50
-    whale = next(row for row in rows + held_out if row['text'] == '<image>whale')
-    image = np.asarray(Image.open(Path('data/emoji') / whale['image_path']).convert('RGB')).astype(int)
-    assert image.shape == (72, 72, 3) and (image[..., 2] - image[..., 0] > 50).mean() > 0.2  # it is blue
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # augmentation
 
-def test_augmentation_shows_a_part_in_other_colours_the_same_for_the_same_seed():
+def test_augmentation_crops_and_changes_colors_as_the_seed_says():
     x = np.linspace(0, 255, 60).astype(np.uint8)
     channels = np.tile(x, (40, 1)), np.tile(x[:40, None], (1, 60)), np.full((40, 60), 90, np.uint8)
     image = Image.fromarray(np.stack(channels, -1))
-    same = augmented(image, random.Random(3), 'crop+colour')
-    assert same.tobytes() == augmented(image, random.Random(3), 'crop+colour').tobytes()
-    crops = [augmented(image, random.Random(i), 'crop') for i in range(100)]
+    same = augment_image(image, random.Random(3), 'crop+color')
+    assert same.tobytes() == augment_image(image, random.Random(3), 'crop+color').tobytes()
+    crops = [augment_image(image, random.Random(i), 'crop') for i in range(100)]
     areas = [c.width * c.height / 2400 for c in crops]
     assert 0.45 < min(areas) < 0.6 and max(areas) > 0.9 and len({c.size for c in crops}) > 50
     for c in crops:  # a part of it, neither mirrored nor scaled
         a = np.asarray(c)
         left, top = int(np.searchsorted(x, a[0, 0, 0])), int(np.searchsorted(x, a[0, 0, 1]))
         assert np.array_equal(a, np.asarray(image)[top:top + c.height, left:left + c.width])
-    colours = [augmented(image, random.Random(i), 'colour') for i in range(20)]
-    assert {c.size for c in colours} == {(60, 40)} and len({c.tobytes() for c in colours}) == 20
+    colors = [augment_image(image, random.Random(i), 'color') for i in range(20)]
+    assert {c.size for c in colors} == {(60, 40)} and len({c.tobytes() for c in colors}) == 20
 
 
-def test_only_what_is_learnt_from_is_augmented_and_each_look_is_another(tmp_path):
+def test_only_training_images_are_augmented_each_time_differently(tmp_path):
     Image.linear_gradient('L').convert('RGB').save(tmp_path / 'a.png')
     rows = [{'text': '<image>A gradient.', 'images': [str(tmp_path / 'a.png')]}] * 3
-    knobs = SimpleNamespace(tasks='read:1', augment='crop+colour')
+    knobs = SimpleNamespace(tasks='ocr:1', augment='crop+color')
     examples = prepare_data.Examples([dict(row) for row in rows], knobs, 5)
-    looks = [examples[i]['images'][0] for i in (0, 1, 2, 3, 4, 5)]
-    assert len({look.tobytes() for look in looks}) == 6
+    variants = [examples[i]['images'][0] for i in (0, 1, 2, 3, 4, 5)]
+    assert len({image.tobytes() for image in variants}) == 6
     again = prepare_data.Examples([dict(row) for row in rows], knobs, 5)
-    assert [again[i]['images'][0].tobytes() for i in (5, 0)] == [looks[i].tobytes() for i in (5, 0)]
-    with pytest.raises(ValueError, match="augment must be crop, colour or crop.colour, .* got 'flip'"):
-        prepare_data.Examples(rows, SimpleNamespace(tasks='read:1', augment='flip'), 5)
+    assert [again[i]['images'][0].tobytes() for i in (5, 0)] == [variants[i].tobytes() for i in (5, 0)]
+    with pytest.raises(ValueError, match="augment must be crop, color or crop.color, .* got 'flip'"):
+        prepare_data.Examples(rows, SimpleNamespace(tasks='ocr:1', augment='flip'), 5)
     held_out = prepare_data.Examples(rows, knobs, 0, shuffle=False)
     assert held_out[0]['images'] == [str(tmp_path / 'a.png')]
 
@@ -215,7 +225,7 @@ def test_bleu_rouge_and_cider_are_pycocoevalcaps():
 def test_answers_to_held_out_captions_are_scored_as_captions(folder):
     (folder / 'data' / 'few').mkdir(parents=True)
     for part, references in (('train', {}), ('val', {'references': ['Red one.', 'A red thing.']})):
-        rows = [{'text': '<image>Red one.', 'image_path': f'{part}{i}.png', **references} for i in range(3)]
+        rows = [{'text': '<image>Red one.', 'images': [f'{part}{i}.png'], **references} for i in range(3)]
         (folder / 'data' / 'few' / f'{part}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
         for i in range(3):
             Image.new('RGB', (24, 16), (200, i, 0)).save(folder / 'data' / 'few' / f'{part}{i}.png')

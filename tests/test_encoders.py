@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import prepare_data
 import vision
-from model import build_model, checkpoint_state, published_fingerprint
+from model import build_model, checkpoint_state, load_vision_from, published_fingerprint
 from train import configure_optimizers
 from vision import complete_config
 
@@ -147,7 +147,11 @@ def test_class_token_is_kept_on_request(towers):
     y = without_cls.encoder(*batch_of(random_image(), config))
     assert x.shape[1] == 17
     torch.testing.assert_close(x[:, 1:], y)
-    assert (x[:, 0] - x[:, 1:].mean(1)).abs().max() > 0.1
+    with_cls, config = make_vision(towers, 'clip', vision_cls=True, image_fit='squash')
+    x = with_cls.encoder(*batch_of(random_image(), config))
+    tower, mean, std, size = original_tower(towers['clip'])
+    theirs = tower.forward_intermediates(normalized(random_image(), mean, std, size), indices=[-2], output_extra_tokens=True)
+    torch.testing.assert_close(x[:, 0], theirs['image_intermediates_prefix'][0][:, 0], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match='vision_cls does not work with connector pool'):
         make_vision(towers, 'clip', vision_cls=True, connector='pool')
     with pytest.raises(ValueError, match='has no class token'):
@@ -321,6 +325,11 @@ def test_trained_encoder_is_saved(towers):
     # what it holds is published nowhere, so a checkpoint keeps it also if it is frozen from now on
     configure_optimizers(loaded, optimizer_config(vision_lr=0.0))
     assert published_fingerprint(loaded) == '' and checkpoint_state(loaded).keys() == state.keys()
+    # also in a model that was opened with the published weights
+    other = make_model(**vars(model.config))
+    assert published_fingerprint(other)
+    load_vision_from(other, {name: p for name, p in state.items() if name.startswith('vision.encoder.')}, 'x')
+    assert published_fingerprint(other) == '' and checkpoint_state(other).keys() == state.keys()
 
 
 def test_fingerprint_identifies_published_weights(towers, tmp_path):

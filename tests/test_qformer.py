@@ -5,12 +5,11 @@ import json
 import math
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, inside, launch, make_model, read_log, refused, tiny_config, train
+from conftest import ROOT, inside, launch, make_model, optimizer_config, read_log, refused, tiny_config, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -269,8 +268,7 @@ def test_both_models_have_the_same_contract(build, names):
     assert len(grouped) == len(set(map(id, grouped)))
     assert set(map(id, grouped)) == set(map(id, model.parameters()))
     assert model.base_model is None and model.config.connector == 'qformer'
-    knobs = configure(dict(vars(train_script)), GPTConfig, ['--vision_lr=0'])
-    train_script.configure_optimizers(model, SimpleNamespace(**knobs))
+    train_script.configure_optimizers(model, optimizer_config(vision_lr=0.0))
     trained = {part: any(p.requires_grad for p in named.values()) for part, named in groups.items() if named}
     assert trained.pop('vision') is False and all(trained.values())
 

@@ -201,7 +201,7 @@ def test_render_pretrain_runs_with_its_own_tokenizer(tmp_path):
     except ValueError as error:
         pytest.skip(str(error))
     small = [word for word in SMALL_RECIPE if not word.startswith('--block_size')]
-    process = inside('train.py', ROOT / 'config' / 'render_pretrain.py', *small, '--eval_samples=8', f'--out_dir={tmp_path}')
+    process = inside('train.py', ROOT / 'config' / 'render_pretrain.py', *small, '--eval_iters=8', f'--out_dir={tmp_path}')
     assert process.returncode == 0, process.stderr
     evals = [r['eval'] for r in read_log(tmp_path) if 'eval' in r]
     assert len(evals) == 2 and all({'R', 'R_shuffled', 'R_blank', 'text_loss'} <= set(result) for result in evals)
