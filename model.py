@@ -304,7 +304,8 @@ class GPT(nn.Module):
             return None
         head_dim = self.transformer.h[0].attn.head_dim
         exponent = torch.arange(0, head_dim, 2, device=pos.device) / head_dim            # (hs / 2)
-        angles = pos[..., None, None] / self.config.rope_theta ** exponent               # (B, T, 1, hs / 2) radians
+        speed = 1 / self.config.rope_theta ** exponent  # rounded as Hugging Face rounds it
+        angles = pos[..., None, None] * speed                                            # (B, T, 1, hs / 2) radians
         return angles.cos(), angles.sin()
 
     def lora_mask(self, idx):

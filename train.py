@@ -224,7 +224,11 @@ def resume_model(config, checkpoint, source):
                          f'--init_from={source}')
     for key, old in checkpoint['config'].items():
         new = getattr(config, key, old)
-        if new != old and key != 'init_from':
+        if new == old or key == 'init_from':
+            continue
+        if key in knobs_of(GPTConfig) and key != 'dropout':
+            print_once(f'note: {key} stays {old!r}, because a resumed run keeps its model')
+        else:
             print_once(f'note: {key} was {old!r}, and is {new!r} from now on')
     return model
 
@@ -280,7 +284,7 @@ def configure_optimizers(model, config):
         raise ValueError(f'optimizer must be adamw or muon, got {config.optimizer!r}')
     rates = {'gpt': config.learning_rate, 'vision': config.vision_lr, 'qformer': config.qformer_lr,
              'connector': config.connector_lr}
-    adamw_groups, muon_groups = [], []
+    groups = {'adamw': [], 'muon': []}
     for part, named in model.param_groups().items():
         lr = rates[part]
         matrices, vectors, hidden = [], [], []
@@ -293,18 +297,16 @@ def configure_optimizers(model, config):
                 hidden.append(p)
             else:
                 (matrices if p.dim() >= 2 else vectors).append(p)
-        adamw_groups.append(dict(params=matrices, lr=lr, weight_decay=config.weight_decay))
-        adamw_groups.append(dict(params=vectors, lr=lr, weight_decay=0.0))
         hidden_lr = config.muon_lr * lr / (config.learning_rate or lr or 1)
-        muon_groups.append(dict(params=hidden, lr=hidden_lr, weight_decay=config.weight_decay))
-    adamw_groups = [group for group in adamw_groups if group['params']]
-    muon_groups = [group for group in muon_groups if group['params']]
+        groups['adamw'].append(dict(params=matrices, lr=lr, weight_decay=config.weight_decay))
+        groups['adamw'].append(dict(params=vectors, lr=lr, weight_decay=0.0))
+        groups['muon'].append(dict(params=hidden, lr=hidden_lr, weight_decay=config.weight_decay))
+    groups = {name: [group for group in all_groups if group['params']] for name, all_groups in groups.items()}
     optimizers = []
-    if adamw_groups:
-        betas = config.beta1, config.beta2
-        optimizers.append(torch.optim.AdamW(adamw_groups, betas=betas, fused=True))
-    if muon_groups:
-        optimizers.append(Muon(muon_groups))
+    if groups['adamw']:
+        optimizers.append(torch.optim.AdamW(groups['adamw'], betas=(config.beta1, config.beta2), fused=True))
+    if groups['muon']:
+        optimizers.append(Muon(groups['muon']))
     if not optimizers:
         raise ValueError('the learning rates of all parts of this model are 0: nothing is left to train')
     for group in (group for opt in optimizers for group in opt.param_groups):
@@ -488,9 +490,9 @@ def open_loader(rows, config, enc, model_config, dist_env, iter_num, cache):
 def next_batches(loader, n):
     """The micro-batches of this rank's next step. Raises ValueError if one of them could not be made."""
     batches = [next(loader) for _ in range(n)]
-    for batch in batches:
-        if 'error' in batch:
-            raise ValueError(batch['error'])
+    errors = [batch['error'] for batch in batches if 'error' in batch]
+    if errors:
+        raise ValueError(errors[0])
     return batches
 
 
@@ -571,12 +573,9 @@ class Log:
 
 def print_parameters(model, dist_env):
     """The size of each part, and how much of it is trained."""
-    counts = []
-    for part, named in model.param_groups().items():
-        total = sum(p.numel() for p in named.values()) / 1e6
-        trained = sum(p.numel() for p in named.values() if p.requires_grad) / 1e6
-        if named:
-            counts.append(f'{part} {total:.2f}M ({trained:.2f}M of them trained)')
+    millions = lambda parameters: f'{sum(p.numel() for p in parameters) / 1e6:.2f}M'
+    counts = [f'{part} {millions(named.values())} ({millions(p for p in named.values() if p.requires_grad)} trained)'
+              for part, named in model.param_groups().items() if named]
     print_once(f'parameters: {", ".join(counts)}; on {dist_env.world_size} x {dist_env.device_type}, {dist_env.dtype}')
 
 

@@ -413,7 +413,10 @@ def tower_shape(name, layer, keep_cls):
     trunk = getattr(tower, 'trunk', tower)  # open_clip wraps timm's towers
     if keep_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
         raise ValueError(f'{name} has no class token: leave vision_cls out')
-    x, cls = forward_features(tower.eval(), torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
+    try:
+        x, cls = forward_features(tower.eval(), torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f'{name} gives no features at vision_layer {layer}: {error}') from error
     (x.sum() if cls is None else x.sum() + cls.sum()).backward()
     unused = [name for name, p in tower.named_parameters() if p.grad is None]
     return x.shape[1], x.shape[2], unused

@@ -208,6 +208,17 @@ def test_complete_config_reads_no_weights(towers, tmp_path):
     assert config.image_size == 32 and config.patch_width == 8
 
 
+def test_local_dir_has_its_own_configuration(towers, tmp_path):
+    preprocessing = {'mean': [0.1, 0.2, 0.3], 'std': [0.4, 0.5, 0.6]}
+    (tmp_path / 'open_clip_config.json').write_text(json.dumps({'model_cfg': CLIP, 'preprocess_cfg': preprocessing}))
+    shutil.copy(weights_file(towers['clip']), tmp_path / 'open_clip_model.safetensors')
+    config = complete_config(tiny_config(vision_encoder=f'local-dir:{tmp_path}'))
+    assert (config.image_size, config.patch_width) == (32, 8)
+    assert config.image_mean == (0.1, 0.2, 0.3) and config.image_std == (0.4, 0.5, 0.6)
+    same_weights, _ = make_vision(towers, 'clip')
+    assert vision.Vision(config).encoder.fingerprint == same_weights.encoder.fingerprint
+
+
 def test_wrong_activation_raises_before_anything_is_downloaded(towers, tmp_path):
     with pytest.raises(ValueError, match='take ViT-B-32-quickgelu/openai'):
         complete_config(tiny_config(vision_encoder='ViT-B-32/openai'))
@@ -327,6 +338,7 @@ def test_trained_encoder_is_saved(towers):
     assert published_fingerprint(loaded) == '' and checkpoint_state(loaded).keys() == state.keys()
     # also in a model that was opened with the published weights
     other = make_model(**vars(model.config))
+    configure_optimizers(other, optimizer_config(vision_lr=0.0))
     assert published_fingerprint(other)
     load_vision_from(other, {name: p for name, p in state.items() if name.startswith('vision.encoder.')}, 'x')
     assert published_fingerprint(other) == '' and checkpoint_state(other).keys() == state.keys()
@@ -437,19 +449,25 @@ def test_interrupted_feature_cache_is_continued_and_an_outdated_one_is_not_used(
     words = ['features', *knobs[:3]]
     process = inside('prepare_data.py', *words)
     assert process.returncode == 0, process.stderr
-    path = next((tmp_path / 'data').glob('features-*')) / 'features.bin'
-    whole = path.read_bytes()
+    folder = next((tmp_path / 'data').glob('features-*'))
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    files = sorted(folder.glob('*.safetensors'))
+    assert len(files) == 8
     config = complete_config(tiny_config(vision_encoder=knobs[1].partition('=')[2], connector='mlp'))
     fingerprint = vision.Vision(config).encoder.fingerprint
     dataset = str(tmp_path / 'data')
-    path.write_bytes(whole[:len(whole) // 2 + 7])
+    # stopped while it wrote the sixth image
+    (folder / 'finished.json').unlink()
+    for file in files[5:]:
+        file.unlink()
+    Path(f'{files[5]}.part').write_bytes(whole[files[5]][:100])
     assert prepare_data.FeatureCache.find(dataset, config, fingerprint) is None  # it is not complete
+    files[0].write_bytes(b'stored before')
     process = inside('prepare_data.py', *words)
-    assert process.returncode == 0 and path.read_bytes() == whole, process.stderr
-    path.write_bytes(bytes(len(whole)))
-    assert inside('prepare_data.py', *words).returncode == 0
-    assert not any(path.read_bytes())  # what is complete is not computed again
-    path.write_bytes(whole)
+    assert process.returncode == 0, process.stderr
+    assert files[0].read_bytes() == b'stored before'  # what is complete is not computed again
+    files[0].write_bytes(whole[files[0]])
+    assert {path: path.read_bytes() for path in folder.iterdir()} == whole
     cache = prepare_data.FeatureCache.find(dataset, config, fingerprint)
     features, grid = cache[str(tmp_path / 'data' / 'images' / '3.png')]
     assert features.shape == (16, 48) and len(grid) == 16

@@ -1,4 +1,4 @@
-"""What must stay true on the way from an example to a batch: what is in the loss, what is not, and that nothing is lost silently."""
+"""What must stay true on the way from an example to a batch: what is in the loss, and that nothing is lost silently."""
 
 import os
 import pickle
@@ -127,6 +127,11 @@ def test_white_space_around_an_answer_is_in_the_loss():
     assert show(batch['targets']) == '·' * 5 + '\n Yo \n<|endoftext|>' + '·' * 2 + '<|endoftext|>'
 
 
+def test_each_byte_of_an_answer_is_in_the_loss():
+    batch = tokenize(conversation('日本', 'é日🙂'), BYTES, CONFIG)
+    assert batch['targets'] == [-1] * 7 + [*'é日🙂'.encode(), BYTES.special[END]]
+
+
 def test_with_all_every_text_token_is_in_the_loss_but_never_an_image():
     batch = tokenize(conversation('Hi <image>?', 'Yo', images=[red()]), BYTES, CONFIG, 'all')
     assert show(batch['idx']) == '<|user|>Hi <image><image>?<|assistant|>Yo'
@@ -136,6 +141,8 @@ def test_with_all_every_text_token_is_in_the_loss_but_never_an_image():
 def test_an_image_in_an_answer_is_not_in_the_loss():
     batch = tokenize(conversation('Draw', 'A <image>, see', images=[red()]), BYTES, CONFIG)
     assert show(batch['targets']) == '·' * 5 + 'A ··, see<|endoftext|>'
+    batch = tokenize(conversation('Draw', 'A <image>', images=[red()]), BYTES, CONFIG)
+    assert show(batch['targets']) == '·' * 5 + 'A ··<|endoftext|>'
 
 
 def test_the_token_after_an_image_is_predicted_from_it():

@@ -1,4 +1,4 @@
-"""What must stay true of published tokenizers and chat templates: the same ids as transformers', and special tokens from templates alone."""
+"""What must stay true of published tokenizers: the ids and conversations of transformers; special tokens by templates only."""
 
 import json
 import pickle
@@ -107,13 +107,18 @@ QWEN3 = r"""{%- if messages[0].role == 'system' %}
     {%- if enable_thinking is defined and enable_thinking is false %}
         {{- '<think>\n\n</think>\n\n' }}
     {%- endif %}
-{%- endif %}"""
+{%- endif %}"""  # noqa: E501
+ZEPHYR = (  # spread over lines, as Jinja's trim_blocks expects it
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
+    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
 SMOLVLM = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == 'image' %}"
     "{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
-TEMPLATES = {'smollm2': SMOLLM2, 'llama3': LLAMA3, 'llama3.2': LLAMA32, 'qwen3': QWEN3, 'smolvlm': SMOLVLM}
+TEMPLATES = {'smollm2': SMOLLM2, 'llama3': LLAMA3, 'llama3.2': LLAMA32, 'qwen3': QWEN3, 'zephyr': ZEPHYR, 'smolvlm': SMOLVLM}
 
 # the same with {% generation %} around an assistant's content and its end
 MARKED = {
@@ -131,6 +136,9 @@ MARKED = {
     'qwen3': QWEN3.replace("+ content.lstrip('\\n') }}", "}}{% set content = content.lstrip('\\n') %}").replace(
         "{{- '<|im_start|>' + message.role + '\\n' + content }}", "{{- '<|im_start|>' + message.role + '\\n' }}").replace(
         "{{- '<|im_end|>\\n' }}", "{% generation %}{{- content + '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}"),
+    'zephyr': ZEPHYR.replace(
+        "{{ '<|assistant|>\n'  + message['content'] + eos_token }}",
+        "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"),
     'smolvlm': SMOLVLM.replace(
         "{% for line in message['content'] %}", "{% if message['role'] == 'assistant' %}{% generation %}"
         "{{ message['content'][0]['text'] }}<end_of_utterance>{% endgeneration %}{% else %}"
@@ -141,8 +149,9 @@ CONVERSATIONS = [
     [('user', 'Hello?')],
     [('user', 'Hello?'), ('assistant', 'Yes, 12.')],
     [('system', 'Be brief.'), ('user', 'Hello?'), ('assistant', 'Yes.')],
-    [('user', 'Hello?'), ('assistant', 'Yes, 12.'), ('user', 'The file\nis here'), ('assistant', 'I read it: \u65e5\u672c \xe9')],
-    [('system', ' Be brief.\n'), ('user', '  Why?\n\n'), ('assistant', ' So it is. '), ('user', ''), ('assistant', '\n\nIndeed\n')],
+    [('user', 'Hello?'), ('assistant', 'Yes, 12.'), ('user', 'The file\nis here'), ('assistant', 'So: \u65e5\u672c \xe9')],
+    [('system', ' Be brief.\n'), ('user', '  Why?\n\n'), ('assistant', ' So it is. '), ('user', ''),
+     ('assistant', '\n\nIndeed\n')],
     [('user', 'def f():\n    return 1'), ('assistant', '    x = 1\n'), ('user', '\tok')]]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,17 +169,19 @@ def split_with(regex):
 
 PRE_TOKENIZERS = {
     'smollm2': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, BYTE_LEVEL]},
-    'qwen3': split_with(QWEN_SPLIT), 'llama3': split_with(LLAMA_SPLIT), 'llama3.2': split_with(LLAMA_SPLIT),
+    'zephyr': BYTE_LEVEL, 'qwen3': split_with(QWEN_SPLIT), 'llama3': split_with(LLAMA_SPLIT), 'llama3.2': split_with(LLAMA_SPLIT),
     'smolvlm': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, BYTE_LEVEL]}}
 SPECIAL = {
     'smollm2': ['<|endoftext|>', '<|im_start|>', '<|im_end|>'],
     'qwen3': ['<|endoftext|>', '<|im_start|>', '<|im_end|>'],
+    'zephyr': ['<unk>', '<s>', '</s>'],
     'llama3': ['<|begin_of_text|>', '<|end_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'],
     'smolvlm': ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<end_of_utterance>', '<fake_token_around_image>', IMAGE]}
 SPECIAL['llama3.2'] = SPECIAL['llama3']
 NAMED = {
     'smollm2': {'bos_token': '<|im_start|>', 'eos_token': '<|im_end|>', 'unk_token': '<|endoftext|>'},
     'qwen3': {'bos_token': None, 'eos_token': '<|im_end|>', 'add_bos_token': False},
+    'zephyr': {'bos_token': '<s>', 'eos_token': '</s>', 'unk_token': '<unk>'},
     'llama3': {'bos_token': '<|begin_of_text|>', 'eos_token': '<|eot_id|>'},
     'smolvlm': {'bos_token': '<|im_start|>', 'eos_token': {'content': '<end_of_utterance>', 'lstrip': False}}}
 NAMED['llama3.2'] = NAMED['llama3']
@@ -231,7 +242,8 @@ def theirs(folder, name, **changes):
              if isinstance(token, (str, dict))}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), **{
         'chat_template': TEMPLATES[name], **named, **changes})
-    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)  # else the mask loses white space
+    # with trimmed offsets, its mask has a gap where an answer begins with white space
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
     return tokenizer
 
 
@@ -244,8 +256,9 @@ def messages_of(turns, as_list=False):
 def mixed_text():
     """pydoc, Python code, and random strings with what is hard to split."""
     rng = random.Random(0)
-    hard = [' ', '  ', '\n', '\r\n', '\t', '\xa0', '\u3000', '1', '234', '\xbd', '\u0663', 'a', 'the', '\xdf', 'e\u0301', '\u65e5\u672c',
-            "'s", "'LL", '!=', '((', '...', '\x04', '\x14', '\x7f', '\U0001f642', '\U000e0041', 'def f(x):\n    return', ' tail ']
+    hard = [' ', '  ', '\n', '\r\n', '\t', '\xa0', '\u3000', '1', '234', '\xbd', '\u0663', 'a', 'the', '\xdf', 'e\u0301',
+            '\u65e5\u672c', "'s", "'LL", '!=', '((', '...', '\x04', '\x14', '\x7f', '\U0001f642', '\U000e0041',
+            'def f(x):\n    return', ' tail ']
     texts = [row['text'] for row in open_rows('pydoc', 'val')] + [(ROOT / 'render.py').read_text()]
     return texts + [''.join(rng.choice(hard) for _ in range(rng.randint(1, 12))) for _ in range(2000)]
 
@@ -309,7 +322,8 @@ def test_runs_of_spaces_that_were_added_as_tokens_are_text(published, tmp_path):
 
 
 def test_image_and_what_a_conversation_needs_are_appended(published, tmp_path):
-    smollm2, qwen3, llama3, smolvlm = (get_tokenizer(str(published[name])) for name in ('smollm2', 'qwen3', 'llama3', 'smolvlm'))
+    names = ('smollm2', 'qwen3', 'llama3', 'smolvlm')
+    smollm2, qwen3, llama3, smolvlm = (get_tokenizer(str(published[name])) for name in names)
     assert smollm2.special[IMAGE] == 1200 and smollm2.n_vocab == 1201 and smollm2.n_text == 1197
     assert smollm2.begin == smollm2.end == END and smollm2.end_ids == [0, 2]
     assert qwen3.special[IMAGE] == 1202 and qwen3.special['<think>'] == 1200 and qwen3.end_ids == [0, 2]
@@ -332,8 +346,9 @@ def test_a_tokenizer_survives_pickling(published, wordpiece):
     for name in (*published.values(), wordpiece, 'bytes'):
         tokenizer = get_tokenizer(str(name))
         copy = pickle.loads(pickle.dumps(tokenizer))
-        text = 'The e\u0301 \x04 <|im_end|><think>[SEP] file'
-        assert copy.encode(text) == tokenizer.encode(text) and copy.decode(copy.encode(text)) == tokenizer.decode(copy.encode(text))
+        ids = tokenizer.encode('The e\u0301 \x04 <|im_end|><think>[SEP] file')
+        assert copy.encode('The e\u0301 \x04 <|im_end|><think>[SEP] file') == ids
+        assert copy.decode(ids) == tokenizer.decode(ids)
         example = {'messages': messages_of(CONVERSATIONS[3])}
         config = tiny_config(block_size=900)
         assert tokenize(example, copy, config) == tokenize(example, tokenizer, config)
@@ -389,7 +404,7 @@ def test_images_stand_where_the_content_has_them(published, name):
     for content in contents:
         assert content in shown
     in_loss = tokenizer.decode([i for i in batch['targets'] if i >= 0])
-    end = {'smolvlm': '<end_of_utterance>'}.get(name, '<|eot_id|>' if 'llama' in name else '<|im_end|>')
+    end = {'smolvlm': '<end_of_utterance>', 'zephyr': '</s>'}.get(name, '<|eot_id|>' if 'llama' in name else '<|im_end|>')
     assert in_loss.replace(' ', '') == f'This.{end}No.{end}'
     as_text = {'messages': messages_of(zip(roles, contents))}
     assert tokenizer.image_id not in tokenize(as_text, tokenizer, config)['idx']
@@ -436,6 +451,15 @@ def test_a_template_that_cannot_be_used_is_refused(published, tmp_path, template
     (tmp_path / 'chat_template.jinja').write_text(template)
     with pytest.raises(ValueError, match=message):
         get_tokenizer(str(tmp_path))
+
+
+def test_of_special_tokens_in_a_template_the_longest_counts(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({'a': 0, 'b': 1}, []))
+    tokenizer.add_special_tokens(['<x>', '<x>b'])
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    (tmp_path / 'chat_template.jinja').write_text('{% for m in messages %}<x>b{{ m.content }}<x>{% endfor %}')
+    tokenizer = get_tokenizer(str(tmp_path))
+    assert tokenize({'messages': messages_of([('user', 'a')])}, tokenizer, tiny_config(), prompt_only=True)['idx'] == [3, 0, 2]
 
 
 def test_a_conversation_that_a_template_refuses_is_named(published, tmp_path):
