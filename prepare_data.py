@@ -605,7 +605,8 @@ def read_bytes(path):
 
 def read_member(archive, name):
     """The bytes of a member of a .zip or .tar, checked. FileNotFoundError if there is none; whatever zlib raises."""
-    members = map_index(archive, index_archive, MEMBER)
+    status = os.stat(archive)
+    members = map_members(archive, status.st_size, status.st_mtime_ns)
     key = np.uint64(hash64(name))
     i = bisect.bisect_right(members['name'], key) - 1
     if i < 0 or members['name'][i] != key:
@@ -623,6 +624,11 @@ def read_member(archive, name):
     if method != IN_TAR and zlib.crc32(data) != crc:
         raise ValueError('its checksum is wrong')
     return data
+
+
+@functools.cache
+def map_members(archive, size, mtime_ns):
+    return map_index(archive, index_archive, MEMBER)
 
 
 def index_archive(path, f):
@@ -1071,8 +1077,8 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
     if 'messages' in example:
         shape, texts = conversation_shape(example, tokenizer.system_prompt, prompt_only)
         for text, is_special, is_answer in template_segments(tokenizer, shape, prompt_only):
-            in_loss = (is_answer or loss_on == 'all') and text != IMAGE
-            out.append((text if isinstance(text, str) else texts[text], is_special, in_loss))
+            text = text if isinstance(text, str) else texts[text]
+            out.append((text, is_special, is_answer or loss_on == 'all'))
         return out
     image = [(IMAGE, True, False)]
     if 'filling' in example:  # '' has no id: the filling is encoded apart, so targets do not depend on it

@@ -7,14 +7,13 @@ Text -> images: everything that draws text for a model to read, and the images t
     contact_sheet  images with captions, correct ones in green and wrong ones in red
     token_sheet    the images and tokens of an example, those in the loss in green
 
-What does the model get as its image?
-
-    $ python render.py "The quick brown fox" --out x.png
+    $ python render.py "The quick brown fox" --out x.png     # what does the model get as its image?
     $ python render.py "$(cat poem.txt)" --width=448 --height=448 --out page.png
 
 The font is Pillow's built-in one (Aileron), or any .ttf/.otf file or a folder of them.
 """
 
+import glob
 import itertools
 import math
 import os
@@ -50,8 +49,8 @@ def list_fonts(path):
     """['' (built-in)] for '', [path] for a file, all fonts below a folder in sorted order."""
     if not path or os.path.isfile(path):
         return [path]
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    fonts = sorted(file for file in files if file.lower().endswith(('.ttf', '.otf')))
+    pattern = os.path.join(glob.escape(path), '**', '*.[tToO][tT][fF]')
+    fonts = sorted(glob.glob(pattern, recursive=True))
     if not fonts:
         raise ValueError(f'no .ttf or .otf file in font folder {path!r}')
     return fonts
@@ -76,8 +75,8 @@ def strip_unsupported(text, font=''):
 
 def wrap(text, face, width):
     """
-    Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary. Newlines and
-    indentation stay. Only a line of a single character can be wider.
+    Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary. Newlines
+    and indentation stay. Only a line of a single character can be wider.
     """
     lines = []
     for paragraph in text.expandtabs(4).split('\n'):
@@ -95,33 +94,20 @@ def wrap(text, face, width):
 
 def layout(text, face, width):
     """
-    Sets the text in a column of `width` pixels. Returns its lines and their ink box (x0, y0, x1, y1) in pixels; the
-    origin is the left end of the first ascender line.
+    The lines of the text in a column of `width` pixels, and their ink box (x0, y0, x1, y1) in pixels; the origin is
+    the left end of the first ascender line.
     """
     lines = wrap(text, face, width)
     pitch = math.ceil(LEADING * face.size)
     # accents and italics can be larger than the font's own metrics, so the ink is measured
-    boxes = [face.getbbox(line) for line in lines]
-    bottoms = [pitch * i + box[3] for i, box in enumerate(boxes)]
+    lefts, tops, rights, bottoms = zip(*map(face.getbbox, lines))
     last_descent = pitch * (len(lines) - 1) + sum(face.getmetrics())
-    x0 = min(0, *(box[0] for box in boxes))
-    y0 = min(0, boxes[0][1])
-    x1 = max(box[2] for box in boxes)
-    y1 = max(last_descent, *bottoms)
-    return lines, (x0, y0, x1, y1)
+    y1 = max(last_descent, *(pitch * i + bottom for i, bottom in enumerate(bottoms)))
+    return lines, (min(0, *lefts), min(0, tops[0]), max(rights), y1)
 
 
 class DoesNotFit(ValueError):
     """The text overflows its box even at the smallest font size that is allowed."""
-
-
-@lru_cache
-def max_font_size(font, height, max_size):
-    """The largest font size up to max_size at which one line is at most `height` pixels high, or 0."""
-    for size in range(max_size, 0, -1):
-        if sum(load_font(font, size).getmetrics()) <= height:
-            return size
-    return 0
 
 
 def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
@@ -133,8 +119,9 @@ def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
     """
     if not text.strip():
         raise ValueError('there is nothing to draw: the text is empty or white space')
+    line_height = lambda size: sum(load_font(font, size).getmetrics())
     low = min_size
-    high = max_font_size(font, height, max_size)
+    high = low - 1 + bisect_right(range(low, max_size + 1), height, key=line_height)
     size = high  # a short line usually fits at the largest size, so that is tried first
     best = None
     while low <= high:
@@ -160,7 +147,6 @@ def draw(
     width,                       # of the box, in pixels
     height,
     font='',
-    size=0,                      # font size in pixels; 0 takes the largest that fits
     position=(0.0, 0.0),         # (x, y) in [0, 1]: how the space that is left over is shared; (0, 0) is top left
     color=(0, 0, 0),
     background=(255, 255, 255),
@@ -176,27 +162,23 @@ def draw(
 ):
     """Draws text into a box. Returns an RGB PIL image. Raises ValueError if the text is empty or does not fit."""
     inner_width, inner_height = size_before_rotation(width, height, rotate)
-    text_width = inner_width - sum(pad)
-    if min(text_width, inner_height) < 1:
+    column = inner_width - sum(pad)
+    if min(column, inner_height) < 1:
         raise DoesNotFit(f'a box of {width}x{height} pixels leaves no room for text turned by {rotate} degrees')
-    size, lines, ink = fit(text, text_width, inner_height, font, size or min_size, size or max_size)
+    size, lines, ink = fit(text, column, inner_height, font, min_size, max_size)
     if scale < 1:
         size = max(min_size, round(size * scale))
-        lines, ink = layout(text, load_font(font, size), text_width)
+        lines, ink = layout(text, load_font(font, size), column)
     x0, y0, x1, y1 = ink
-    if trim:
-        surplus = text_width - math.ceil(x1 - x0)
-        width -= surplus
-        inner_width -= surplus
-        text_width -= surplus
-    image = Image.new('RGB', (inner_width, inner_height), background)
-    x = pad[0] - x0 + position[0] * (text_width - (x1 - x0))
+    surplus = column - math.ceil(x1 - x0) if trim else 0
+    image = Image.new('RGB', (inner_width - surplus, inner_height), background)
+    x = pad[0] - x0 + position[0] * (column - surplus - (x1 - x0))
     y = -y0 + position[1] * (inner_height - (y1 - y0))
-    draw_lines(image, lines, round(x), round(y), load_font(font, size), math.ceil(LEADING * size), color)
+    draw_lines(image, lines, round(x), round(y), load_font(font, size), color)
     if rotate:
         turned = image.rotate(rotate, Image.BICUBIC, expand=True, fillcolor=background)
-        image = Image.new('RGB', (width, height), background)
-        image.paste(turned, ((width - turned.width) // 2, (height - turned.height) // 2))
+        image = Image.new('RGB', (width - surplus, height), background)
+        image.paste(turned, ((image.width - turned.width) // 2, (height - turned.height) // 2))
     if blur:
         image = image.filter(ImageFilter.GaussianBlur(blur))
     if noise:
@@ -210,25 +192,23 @@ def size_before_rotation(width, height, degrees):
     angle = math.radians(abs(degrees))
     cos = math.cos(angle)
     sin = math.sin(angle)
-    determinant = cos * cos - sin * sin
-    inner_width = (width * cos - height * sin) / determinant
-    inner_height = (height * cos - width * sin) / determinant
-    return int(inner_width), int(inner_height)
+    sizes = (width, height), (height, width)
+    return tuple(int((a * cos - b * sin) / math.cos(2 * angle)) for a, b in sizes)
 
 
-def draw_lines(image, lines, x, y, face, pitch, color='black'):
-    """Draws lines of text onto the image from (x, y) on, one every `pitch` pixels."""
+def draw_lines(image, lines, x, y, face, color):
+    """Draws lines of text onto the image from (x, y) on."""
     pen = ImageDraw.Draw(image)
+    pitch = math.ceil(LEADING * face.size)
     for i, line in enumerate(lines):
         pen.text((x, y + i * pitch), line, color, face)
 
 
 def add_noise(image, sigma, seed):
     """Gaussian pixel noise of standard deviation `sigma` gray levels, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    noise = rng.normal(0.0, sigma, (image.height, image.width, 1))  # one value for the three channels
-    pixels = np.asarray(image, dtype=np.float32) + noise            # (H, W, 3)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    pixels = np.asarray(image)                                                      # (H, W, 3)
+    noise = np.random.default_rng(seed).normal(0.0, sigma, (*pixels.shape[:2], 1))  # one value for the three channels
+    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
 
 
 def augmentation(rng, strength=1.0):
@@ -238,9 +218,10 @@ def augmentation(rng, strength=1.0):
     """
     if not strength:
         return {}
-    paper = 255 - rng.random() * 60 * strength
-    ink = rng.random() * 90 * strength
-    tint = [rng.random() * 30 * strength for _ in range(3)]
+    amount = lambda high: rng.random() * high * strength
+    paper = 255 - amount(60)
+    ink = amount(90)
+    tint = [amount(30) for _ in range(3)]
     background = tuple(int(paper - t) for t in tint)
     color = tuple(int(ink + t) for t in tint)
     if rng.random() < 0.2 * strength:  # sometimes light text on a dark background
@@ -249,12 +230,12 @@ def augmentation(rng, strength=1.0):
     return dict(
         color=color,
         background=background,
-        scale=1 - rng.random() * 0.5 * strength,
+        scale=1 - amount(0.5),
         position=(rng.random(), rng.random()),
         pad=(rng.randint(0, max_pad), rng.randint(0, max_pad)),
         rotate=rng.uniform(-1, 1) * strength if rng.random() < 0.3 * strength else 0.0,
-        blur=rng.random() * 0.6 * strength if rng.random() < 0.5 else 0.0,
-        noise=rng.random() * 12 * strength,
+        blur=amount(0.6) if rng.random() < 0.5 else 0.0,
+        noise=amount(12),
         seed=rng.getrandbits(32),
     )
 
@@ -272,9 +253,8 @@ def split(span, rng, low=0.1, high=0.4):
         raise ValueError(f'the infix ratio must satisfy 0 < low <= high < 1, got {low} and {high}')
     if len(span) < 3:
         raise ValueError(f'a span of {len(span)} is too short to be split into prefix, infix and postfix')
-    longest = len(span) - 2
-    length = min(longest, max(1, round(len(span) * rng.uniform(low, high))))
-    start = rng.randint(1, longest - length + 1)
+    length = min(len(span) - 2, max(1, round(len(span) * rng.uniform(low, high))))
+    start = rng.randint(1, len(span) - length - 1)
     end = start + length
     return span[:start], span[start:end], span[end:]
 
@@ -291,70 +271,71 @@ FACTS = [('How many sides has a triangle?', '3'), ('How many sides has a square?
          ('Which color do red and blue make?', 'purple'), ('Is a circle round?', 'yes'), ('Is a square round?', 'no')]
 
 
-def random_shapes(rng, count, half=32):
+def random_shapes(rng, count):
     """`count` shapes (shape, color, quarter, x, y, radius), each in a quarter of its own."""
     shapes = []
     for quarter in rng.sample(range(4), count):
         radius = rng.randint(9, 14)
-        x = rng.randint(radius + 1, half - radius - 1) + quarter % 2 * half
-        y = rng.randint(radius + 1, half - radius - 1) + quarter // 2 * half
+        x = 32 * (quarter % 2) + rng.randint(radius + 1, 31 - radius)
+        y = 32 * (quarter // 2) + rng.randint(radius + 1, 31 - radius)
         shapes.append((rng.choice(SHAPES), rng.choice(list(COLORS)), QUARTERS[quarter], x, y, radius))
     return shapes
 
 
-def draw_shapes(shapes, size=64, oversampling=4):
-    """The shapes on white, drawn larger and scaled down, so that their edges are smooth."""
-    image = Image.new('RGB', (oversampling * size, oversampling * size), 'white')
+def draw_shapes(shapes):
+    """The shapes on white, drawn four times as large and scaled down, so that their edges are smooth."""
+    image = Image.new('RGB', (4 * 64, 4 * 64), 'white')
     pen = ImageDraw.Draw(image)
     for shape, color, _, *geometry in shapes:
-        x, y, r = (oversampling * value for value in geometry)
+        x, y, r = (4 * value for value in geometry)
         fill = COLORS[color]
+        box = lambda w, h: (x - w, y - h, x + w, y + h)
         if shape == 'circle':
-            pen.ellipse((x - r, y - r, x + r, y + r), fill)
+            pen.ellipse(box(r, r), fill)
         elif shape == 'square':
-            pen.rectangle((x - r, y - r, x + r, y + r), fill)
+            pen.rectangle(box(r, r), fill)
         elif shape == 'triangle':
-            pen.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill)
+            pen.polygon((x, y - r, x - r, y + r, x + r, y + r), fill)
         else:
-            pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill)
-            pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill)
-    return image.resize((size, size), Image.Resampling.BOX)
+            pen.rectangle(box(r, r / 3), fill)
+            pen.rectangle(box(r / 3, r), fill)
+    return image.reduce(4)
 
 
 def shapes_example(rng, new_image, held_out):
     """
-    (images, each a list of shapes as new_image(rng, count) gives them; turns, each a question and its answer). Many training
-    conversations are or end in a description, which needs everything in the image. Only the last answer of a held-out one
-    is scored: there a description stands alone, and every type of question comes last.
+    (images, each a list of shapes as new_image(rng, count) gives them; turns, each a question and its answer). Many
+    training conversations are or end in a description, which needs everything in the image. Only the last answer of a
+    held-out one is scored: there a description stands alone, and every type of question comes last.
     """
     dice = rng.random()
     if dice < 0.05:
         return [], rng.sample(FACTS, 4)
+    turns = {}  # {question: answer}, so that no question is asked twice
     if dice < 0.85:
         shapes = new_image(rng, rng.randint(1, 2))
-        in_order = sorted(shapes, key=lambda shape: QUARTERS.index(shape[2]))
-        answer = ', '.join(f'a {color} {shape} {quarter}' for shape, color, quarter, *_ in in_order)
-        description = ('Describe the image.', answer)
-        if dice < (0.15 if held_out else 0.25):
-            return [shapes], [description]
-        questions = [shapes_question(shapes, rng) for _ in range(rng.randint(1, 3 if held_out else 5))]
-        turns = list(dict.fromkeys(questions))  # none twice
-        return [shapes], turns + [description] if dice < 0.45 and not held_out else turns
+        if dice >= (0.15 if held_out else 0.25):
+            n_questions = rng.randint(1, 3 if held_out else 5)
+            turns.update(shapes_question(shapes, rng) for _ in range(n_questions))
+        if not turns or dice < 0.45 and not held_out:
+            in_order = sorted(shapes, key=lambda shape: QUARTERS.index(shape[2]))
+            facts = (f'a {color} {shape} {quarter}' for shape, color, quarter, *_ in in_order)
+            turns['Describe the image.'] = ', '.join(facts)
+        return [shapes], list(turns.items())
     images = [new_image(rng, count) for count in rng.sample((1, 2), 2)]
-    turns = [('Which image has more shapes?', 'the first' if len(images[0]) > len(images[1]) else 'the second')]
+    ordinals = 'first', 'second'
+    turns['Which image has more shapes?'] = 'the ' + ordinals[len(images[0]) < len(images[1])]
     for _ in range(2):
         number = rng.randrange(2)
         question, answer = shapes_question(images[number], rng)
-        turns.append((f'In the {("first", "second")[number]} image: {question}', answer))
-    turns = list(dict.fromkeys(turns))
-    return images, rng.sample(turns, len(turns))[:rng.randint(1, 3)]
+        turns[f'In the {ordinals[number]} image: {question}'] = answer
+    return images, rng.sample(list(turns.items()), len(turns))[:rng.randint(1, 3)]
 
 
 def shapes_question(shapes, rng):
     """A question that has one correct answer, and the answer."""
-    names = [shape[0] for shape in shapes]
-    colors = [shape[1] for shape in shapes]
-    pairs = [shape[:2] for shape in shapes]
+    names, colors, *_ = zip(*shapes)
+    pairs = list(zip(names, colors))
     while True:
         topic = rng.choice(('color', 'shape', 'yes or no', 'count', 'position'))
         name, color, quarter, *_ = rng.choice(shapes)
@@ -371,151 +352,118 @@ def shapes_question(shapes, rng):
                 return f'Is there a {other[1]} {other[0]}?', 'no'
         if topic == 'count':
             word = rng.choice(('', name, color, rng.choice(SHAPES), rng.choice(list(COLORS))))
-            answer = names.count(word) + colors.count(word) if word else len(shapes)
-            return f'How many {word + "s" if word in SHAPES else (word + " shapes").strip()} are there?', str(answer)
+            counted = word + 's' if word in SHAPES else f'{word} shapes'.strip()
+            answer = sum(not word or word in shape for shape in shapes)
+            return f'How many {counted} are there?', str(answer)
         if topic == 'position' and pairs.count((name, color)) == 1:
             return f'Where is the {color} {name}?', quarter
 
 
 # -----------------------------------------------------------------------------
-# sheets: one image that shows what a run does
+# sheets: one image that shows what a run does, put together from tiles
 
 GREEN = (0, 110, 40)
 RED = (190, 20, 20)
 GRAY = (60, 60, 60)
-FRAME = (200, 200, 200)
-MARGIN = 8             # pixels between the tiles of a sheet
+MARGIN = 8     # pixels between the tiles of a sheet
+TEXT_SIZE = 14
+
+
+def stack(tiles, axis, gap=MARGIN):
+    """The tiles in a row (axis 0) or in a column (axis 1), `gap` pixels apart, on white."""
+    size = [max(tile.width for tile in tiles), max(tile.height for tile in tiles)]
+    size[axis] = sum(tile.size[axis] + gap for tile in tiles) - gap
+    sheet = Image.new('RGB', size, 'white')
+    corner = [0, 0]
+    for tile in tiles:
+        sheet.paste(tile, tuple(corner))
+        corner[axis] += tile.size[axis] + gap
+    return sheet
+
+
+def thumbnail(image, width, height):
+    """The image scaled down to width x height pixels, or a small one drawn twice as large; framed."""
+    image = image.convert('RGB')
+    if 2 * image.width <= width:
+        image = ImageOps.scale(image, 2, Image.NEAREST)  # stays sharp
+    image.thumbnail((width - 2, height - 2), Image.LANCZOS)
+    return ImageOps.expand(image, 1, 'silver')
+
+
+def text_tile(text, width, height=0, color='black', fill='white'):
+    """The text on a tile of `width` and at least `height` pixels: wrapped, and cut after six lines."""
+    face = load_font('', TEXT_SIZE)
+    lines = wrap(text, face, width - 4)
+    if len(lines) > 6:
+        lines = lines[:5] + ['…']
+    tile = Image.new('RGB', (width, max(height, 20 * len(lines) + 2)), fill)
+    draw_lines(tile, lines, 2, 1, face, color)
+    return tile
 
 
 def contact_sheet(images, captions, correct=None, cell=400):
     """
     One RGB image with all images in a grid of four columns, each above its caption.
 
-    images    PIL images; larger ones are scaled down to `cell` pixels of width, small ones drawn twice as large
-    captions  one string each; wrapped, and cut after six lines
+    images    PIL images; larger ones are scaled down to `cell` pixels of width
+    captions  one string each
     correct   one bool or None each: the caption is green, red or gray; None for all gray
     """
     if not images or len(images) != len(captions):
         raise ValueError(f'a contact sheet needs as many captions as images, got {len(images)} and {len(captions)}')
     colors = {True: GREEN, False: RED, None: GRAY}
-    answers = zip(images, captions, correct or [None] * len(images))
-    tiles = [captioned_tile(image, caption, colors[answer], cell) for image, caption, answer in answers]
-    columns = min(4, len(tiles))
-    rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
-    heights = [max(tile.height for tile in row) for row in rows]
-    sheet_width = MARGIN + columns * (cell + MARGIN)
-    sheet_height = MARGIN + sum(height + MARGIN for height in heights)
-    sheet = Image.new('RGB', (sheet_width, sheet_height), 'white')
-    y = MARGIN
-    for row, height in zip(rows, heights):
-        for j, tile in enumerate(row):
-            sheet.paste(tile, (MARGIN + j * (cell + MARGIN), y))
-        y += height + MARGIN
-    return sheet
+    tiles = []
+    for image, caption, answer in zip(images, captions, correct or [None] * len(images)):
+        caption = text_tile(caption, cell, color=colors[answer])
+        tiles.append(stack([thumbnail(image, cell, 2 * cell), caption], 1, gap=2))
+    rows = [stack(tiles[i:i + 4], 0) for i in range(0, len(tiles), 4)]
+    return ImageOps.expand(stack(rows, 1), MARGIN, 'white')
 
 
-def captioned_tile(image, caption, color, cell):
-    """An image of `cell` pixels of width: the image, scaled and framed, and below it the caption, at most six lines."""
-    scale = cell / image.width
-    resample = Image.LANCZOS
-    if scale >= 1:  # whole multiples stay sharp
-        scale = min(int(scale), 2)
-        resample = Image.NEAREST
-    width = round(image.width * scale)
-    height = min(2 * cell, max(1, round(image.height * scale)))
-    image = image.convert('RGB').resize((width, height), resample)
-    face = load_font('', 15)
-    pitch = 20
-    lines = wrap(caption, face, cell)
-    if len(lines) > 6:
-        lines = lines[:5] + ['…']
-    tile = Image.new('RGB', (cell, height + 4 + pitch * len(lines)), 'white')
-    paste_framed(tile, image, 0, 0)
-    draw_lines(tile, lines, 0, height + 2, face, pitch, color)
-    return tile
-
-
-def paste_framed(sheet, image, x, y):
-    """Pastes the image at (x, y), with a thin frame on its outermost pixels."""
-    sheet.paste(image, (x, y))
-    box = x, y, x + image.width - 1, y + image.height - 1
-    ImageDraw.Draw(sheet).rectangle(box, outline=FRAME)
-
-
-def similarity_grid(images, captions, values, cell=110):
+def similarity_grid(images, captions, values):
     """
     Images as columns, captions as rows, values[row][column] (-1 to 1) in the cells, the greener the larger; a frame
     marks the largest of each row. Returns an RGB image.
     """
-    face = load_font('', 13)
-    pitch = 17
-    left = 2 * cell  # width of the captions
-    wrapped = [wrap(caption, face, left - 10)[:4] for caption in captions]
-    thumbnails = [ImageOps.contain(image.convert('RGB'), (cell - 6, cell - 6)) for image in images]
-    top = max(thumbnail.height for thumbnail in thumbnails) + 12
-    heights = [max(34, pitch * len(lines) + 8) for lines in wrapped]
-    sheet = Image.new('RGB', (left + cell * len(images) + 8, top + sum(heights) + 8), 'white')
-    for j, thumbnail in enumerate(thumbnails):
-        sheet.paste(thumbnail, (left + j * cell + (cell - thumbnail.width) // 2, 6))
+    cell = 110
+    header = [ImageOps.pad(thumbnail(image, cell, cell), (cell, cell), color='white') for image in images]
+    rows = [stack([text_tile('', 2 * cell), *header], 0, gap=0)]
     low = min(map(min, values))
     high = max(map(max, values))
-    pen = ImageDraw.Draw(sheet)
-    y = top
-    for lines, row, height in zip(wrapped, values, heights):
-        draw_lines(sheet, lines, 6, y + 3, face, pitch)
-        for j, value in enumerate(row):
+    for caption, row in zip(captions, values):
+        tiles = [text_tile(caption, 2 * cell)]
+        for value in row:
             share = (value - low) / (high - low or 1)
-            pale = round(255 - 150 * share)
-            fill = pale, 255 - round(40 * share), pale
-            frame = 'black' if value == max(row) else None
-            x = left + j * cell
-            pen.rectangle((x + 2, y + 2, x + cell - 3, y + height - 3), fill, frame)
-            pen.text((x + cell / 2 - 0.5, y + height / 2 - 0.5), f'{value:.2f}', 'black', face, anchor='mm')
-        y += height
-    return sheet
+            fill = f'hsl(120, 50%, {100 - 40 * share:.0f}%)'
+            tile = text_tile(f'{value:.2f}', cell - 4, tiles[0].height - 4, fill=fill)
+            tiles.append(ImageOps.expand(tile, 2, 'black' if value == max(row) else 'white'))
+        rows.append(stack(tiles, 0, gap=0))
+    return ImageOps.expand(stack(rows, 1, gap=0), MARGIN, 'white')
 
 
 TOKEN_FILLS = {'in_loss': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
 TOKEN_CODES = {'in_loss': '30;42', 'image': '30;44', 'special': '2', 'given': '0'}  # of ANSI terminals
 
 
-def token_sheet(images, tokens):
+def token_sheet(images, tokens, width=720):
     """
     The images in a row and, below them, a sequence of (text, type) tokens, each in its box: green for 'in_loss', blue
     for 'image', gray for 'special', white for 'given'. Returns an RGB image.
     """
-    face = load_font('', 14)
-    line_width = 720
-    image_height = 160
-    thumbnails = []
-    x = MARGIN
-    for image in images:
-        width = max(1, round(image.width * image_height / image.height))
-        thumbnails.append((x, image.resize((width, image_height))))
-        x += width + MARGIN
-    sheet_width = max(line_width, x)
-    boxes = []
-    x = MARGIN
-    y = MARGIN
-    if images:
-        y += image_height + 2 * MARGIN
+    face = load_font('', TEXT_SIZE)
+    rows = [[thumbnail(image, width, 160) for image in images]]
+    x = width
     for text, token_type in tokens:
         text = text.replace('\n', '\\n') or '\u00b7'
         text = ''.join(c if has_glyph(c) else '?' for c in text)
-        width = max(4, math.ceil(face.getlength(text))) + 3
-        if x > MARGIN and x + width > line_width - MARGIN:
-            x = MARGIN
-            y += 24
-        boxes.append((x, y, width, text, TOKEN_FILLS[token_type]))
-        x += width + 1
-    sheet = Image.new('RGB', (sheet_width, y + 28), 'white')
-    for x, thumbnail in thumbnails:
-        paste_framed(sheet, thumbnail, x, MARGIN)
-    pen = ImageDraw.Draw(sheet)
-    for x, y, width, text, fill in boxes:
-        pen.rectangle((x, y, x + width, y + 21), fill)
-        pen.text((x + 2, y + 2), text, 'black', face)
-    return sheet
+        tile = text_tile(text, math.ceil(face.getlength(text)) + 4, fill=TOKEN_FILLS[token_type])
+        if x + tile.width > width:
+            rows.append([])
+            x = 0
+        rows[-1].append(tile)
+        x += tile.width + 1
+    sheet = stack([stack(row, 0, gap=1) for row in rows if row], 1, gap=2)
+    return ImageOps.expand(sheet, MARGIN, 'white')
 
 
 def colorize(tokens, ansi=True):

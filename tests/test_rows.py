@@ -618,7 +618,7 @@ def test_a_line_of_text_becomes_one_row_of_patches_whatever_its_size_margins_and
 
 
 def test_letters_of_one_size_come_out_in_one_size_whatever_the_line_holds():
-    heights = {text: vision.crop_line(render.draw(text, 600, 60, size=40)).height
+    heights = {text: vision.crop_line(render.draw(text, 600, 60, min_size=40, max_size=40)).height
                for text in ('the quick brown fox', 'It has no tail at all', 'a gypsy jumps, (hyphen)')}
     assert max(heights.values()) - min(heights.values()) <= 4, heights
 

@@ -138,7 +138,7 @@ MARKED = {
         "{{- '<|im_end|>\\n' }}", "{% generation %}{{- content + '<|im_end|>' }}{% endgeneration %}{{- '\\n' }}"),
     'zephyr': ZEPHYR.replace(
         "{{ '<|assistant|>\n'  + message['content'] + eos_token }}",
-        "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"),
+        "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '' }}"),
     'smolvlm': SMOLVLM.replace(
         "{% for line in message['content'] %}", "{% if message['role'] == 'assistant' %}{% generation %}"
         "{{ message['content'][0]['text'] }}<end_of_utterance>{% endgeneration %}{% else %}"
@@ -169,7 +169,10 @@ def split_with(regex):
 
 PRE_TOKENIZERS = {
     'smollm2': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, BYTE_LEVEL]},
-    'zephyr': BYTE_LEVEL, 'qwen3': split_with(QWEN_SPLIT), 'llama3': split_with(LLAMA_SPLIT), 'llama3.2': split_with(LLAMA_SPLIT),
+    'zephyr': BYTE_LEVEL,
+    'qwen3': split_with(QWEN_SPLIT),
+    'llama3': split_with(LLAMA_SPLIT),
+    'llama3.2': split_with(LLAMA_SPLIT),
     'smolvlm': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, BYTE_LEVEL]}}
 SPECIAL = {
     'smollm2': ['<|endoftext|>', '<|im_start|>', '<|im_end|>'],
