@@ -185,7 +185,8 @@ def print_help(doc, values, *sources):
             code, _, comment = line.partition('  #')
             name = code.partition('=')[0].partition(':')[0].strip()
             if '=' in code and name in remaining:
-                print(heading + f'  --{name}={remaining.pop(name)!r}'.ljust(42) + (comment and f' # {comment.strip()}'))
+                knob = f'  --{name}={remaining.pop(name)!r}'.ljust(42)
+                print(heading + knob + (comment and f' # {comment.strip()}'))
             is_comment = line.strip().startswith('# ') and '---' not in line
             heading = heading + line.strip() + '\n' if is_comment else ''
 

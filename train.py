@@ -1,6 +1,6 @@
 """
-The one training loop: a GPT, with or without vision, on text, on images of text, or on conversations about images; or
-BLIP-2's first stage, which has the same contract.
+The one training loop: a GPT, with or without vision, on text, on images of text, or on conversations about
+images; or BLIP-2's first stage, which has the same contract.
 
     $ python train.py config/quickstart.py                                       # one process, any machine
     $ torchrun --nproc_per_node=8 train.py config/render_pretrain.py             # 8 GPUs
@@ -12,6 +12,7 @@ Writes to out_dir: ckpt.pt (newest), ckpt_best.pt (lowest val_loss), log.jsonl a
 """
 
 import atexit
+import glob
 import json
 import math
 import multiprocessing
@@ -38,14 +39,14 @@ from vision import VisionConfig, complete_config
 # -----------------------------------------------------------------------------
 # run
 out_dir = 'out'
-init_from = 'scratch'          # scratch, resume (from out_dir), a checkpoint's path, or a published model: gpt2 to gpt2-xl,
-#                                OWNER/NAME on the hub or a folder with a GPT-2, Llama (SmolLM2) or Qwen3
-vision_from = ''               # a checkpoint whose small ViT or Q-Former becomes this model's, or Salesforce/blip2-itm-vit-g
-#                                or another BLIP-2, on the hub or in a folder, for its Q-Former
+init_from = 'scratch'          # scratch, resume (from out_dir), a checkpoint's path, or a published model: gpt2 to
+#                                gpt2-xl, OWNER/NAME on the hub or a folder with a GPT-2, Llama (SmolLM2) or Qwen3
+vision_from = ''               # a checkpoint whose small ViT or Q-Former becomes this model's, or for its Q-Former a
+#                                BLIP-2 on the hub or in a folder: Salesforce/blip2-itm-vit-g
 eval_interval = 500            # steps between two evaluations, each with a checkpoint
 log_interval = 10              # steps between two lines of log.jsonl
 eval_iters = 8                 # micro-batches for each loss of an evaluation
-eval_samples = 64              # held-out examples answered greedily at each evaluation, for CER and exact match
+eval_samples = 64              # held-out examples answered greedily at each evaluation, for the scores
 eval_only = False              # evaluate once and exit
 always_save_checkpoint = True  # False: no ckpt.pt at evaluations, only ckpt_best.pt when val_loss improves
 keep_checkpoints = 0           # how many older checkpoints to keep next to ckpt.pt, as ckpt_ITER.pt
@@ -56,11 +57,11 @@ wandb_project = 'glimpse'
 wandb_run_name = ''
 # data
 dataset = 'pydoc'              # pydoc, a file or folder of text, or data/NAME (see prepare_data.py)
-text_dataset = ''              # plain text for text_loss; '' takes the dataset's own, or pydoc if it is of conversations
-tokenizer = ''                 # bytes, gpt2, the path of a nanoGPT meta.pkl, words.txt or tokenizer.json, or OWNER/NAME on
-#                                the hub; '' takes that of init_from, and bytes from scratch
-system_prompt = 'auto'         # system message of conversations that have none; auto: as the model's chat template does
-tasks = 'ocr:1'                # what plain text becomes: ocr, continuation, text, with weights: 'ocr:0.8 text:0.2'
+text_dataset = ''              # plain text for text_loss; '' takes the dataset's own, pydoc for conversations
+tokenizer = ''                 # bytes, gpt2, the path of a nanoGPT meta.pkl, words.txt or tokenizer.json, OWNER/NAME
+#                                on the hub; '' takes that of init_from, and bytes from scratch
+system_prompt = 'auto'         # system message of conversations without one; auto: as the chat template does
+tasks = 'ocr:1'                # what plain text becomes: ocr, continuation, text; with weights 'ocr:0.8 text:0.2'
 loss_on = 'assistant'          # of conversations: the assistant's messages are in the loss; or all
 gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
 batch_size = 12                # examples in a micro-batch
@@ -69,11 +70,11 @@ num_workers = 1                # processes that draw and tokenize ahead; 0 does 
 # images of text
 image_width = 256              # pixels of the box that the text is drawn into
 image_height = 16
-one_line = True                # True: white space becomes one space, the image as wide as its line; False: a page
+one_line = True                # white space becomes one space, the image is as wide as its line; False: a page
 min_chars = 16                 # task ocr: characters in an image
 max_chars = 32
-char_level = False             # task ocr: a token for each character in the loss, not the tokenizer's longer ones
-length_warmup_iters = 0        # task ocr: steps over which the text grows from a few characters to full length
+char_level = False             # task ocr: a token for each character, not the tokenizer's longer ones
+length_warmup_iters = 0        # task ocr: steps over which lines grow from a few characters to full length
 min_span = 200                 # tasks continuation and text: characters of the text
 max_span = 4000
 infix_min = 0.1                # task continuation: share of the text that becomes an image
@@ -83,9 +84,8 @@ font_min = 6                   # font sizes, pixels
 font_max = 200
 distort = 0.0                  # strength of random colors, position, rotation, blur and noise, 0 to 1
 # image files
-augment = ''                   # crop, color or crop+color: another part of an image, other colors, each time it is shown
-feature_cache = True           # of a frozen encoder: use the features that prepare_data.py features has stored, if any
-#                                (and augment is off)
+augment = ''                   # crop, color or crop+color: another part of an image, other colors, each time
+feature_cache = True           # of a frozen encoder: use what prepare_data.py features has stored, unless augment is set
 # model; python train.py --help lists the others
 n_layer = 12
 n_head = 12
@@ -107,19 +107,21 @@ grad_clip = 1.0                # clip gradients at this value, or disable if == 
 decay_lr = True                # whether to decay the learning rate
 warmup_iters = 2000            # how many steps to warm up for
 lr_decay_iters = 0             # steps of the cosine; 0: max_iters
-min_lr = 6e-5                  # learning rate at its end; the other parts end at the same share of their maximum
+min_lr = 6e-5                  # learning rate at its end; the other parts end at the same share of theirs
 # system
 backend = ''                   # nccl or gloo; '' takes nccl on CUDA, else gloo
 device = ''                    # cuda, cuda:1, mps or cpu; '' takes the best there is
-dtype = ''                     # bfloat16, float16 (with a GradScaler) or float32; '' takes the best that the device has
+dtype = ''                     # bfloat16, float16 (with a GradScaler) or float32; '' takes the best of the device
 compile = torch.cuda.is_available()  # use torch.compile to make the model faster
 # -----------------------------------------------------------------------------
 
 
 def setup_distributed(config):
-    """Chooses the device, joins torchrun's other processes: rank, world_size, device, device_type, dtype, ddp."""
-    dist_env = SimpleNamespace(rank=int(os.environ.get('RANK', 0)), world_size=int(os.environ.get('WORLD_SIZE', 1)),
-                          device=config.device or find_device(), ddp='RANK' in os.environ)
+    """Chooses the device and joins torchrun's other processes: rank, world_size, device, device_type, dtype, ddp."""
+    rank = int(os.environ.get('RANK', 0))
+    world_size = int(os.environ.get('WORLD_SIZE', 1))
+    dist_env = SimpleNamespace(rank=rank, world_size=world_size, device=config.device or find_device(),
+                               ddp='RANK' in os.environ)
     dist_env.device_type = dist_env.device.split(':')[0]
     if dist_env.device_type not in ('cuda', 'mps', 'cpu'):
         raise ValueError(f'device must be cuda, mps or cpu, got {dist_env.device!r}')
@@ -134,8 +136,7 @@ def setup_distributed(config):
     dist_env.dtype = config.dtype or best_dtype(dist_env.device_type)
     if dist_env.dtype not in ('bfloat16', 'float16', 'float32'):
         raise ValueError(f'dtype must be bfloat16, float16 or float32, got {dist_env.dtype!r}')
-    if dist_env.device_type == 'cuda':
-        torch.set_float32_matmul_precision('high')  # tf32
+    torch.set_float32_matmul_precision('high')  # tf32 on CUDA
     return dist_env
 
 
@@ -177,8 +178,8 @@ def init_from_scratch(config, enc):
 
 def init_from_checkpoint(config, enc, checkpoint):
     """
-    The model of init_from with what this run adds to it: positions, special tokens, vision if it is text-only, LoRA. Its
-    own shape and its own vision stay as they are.
+    The model of init_from with what this run adds to it: positions, special tokens, vision if it is
+    text-only, LoRA. Its own shape and its own vision stay as they are.
     """
     source = config.init_from
     known = vars(GPTConfig(**checkpoint['model_args']))
@@ -244,7 +245,7 @@ def read_vision_from(config):
 
 
 def check_tokenizer(config, enc, known):
-    """Raises ValueError unless the ids of the model are the tokenizer's: its text, some special tokens, a few more rows."""
+    """Raises ValueError unless the model has the tokenizer's ids: text, some special tokens, a few more rows."""
     spare = known['vocab_size'] - enc.n_text
     other_image_token = known['vision_encoder'] and known['image_token'] != enc.image_id
     if not 0 <= spare <= max(64, enc.n_text // 256) or other_image_token:
@@ -269,16 +270,17 @@ def print_once(text):
 
 def configure_optimizers(model, config):
     """
-    A list of optimizers over the parts of a model, each with its own learning rate: the GPT (config.learning_rate), the
-    encoder (vision_lr), the Q-Former (qformer_lr) and the connector (connector_lr). A rate of 0 freezes the part: no
-    gradient, no optimizer state, eval mode. Matrices and embeddings decay, biases and norms don't. With lora_rank the
-    GPT's own weights are frozen too, and learning_rate is that of the updates. What is trained becomes float32, whatever
-    it was loaded as: a small update is lost in the rounding of bfloat16.
+    A list of optimizers over the parts of a model, each with its own learning rate: the GPT
+    (config.learning_rate), the encoder (vision_lr), the Q-Former (qformer_lr) and the connector
+    (connector_lr). A rate of 0 freezes the part: no gradient, no optimizer state, eval mode. Matrices and
+    embeddings decay, biases and norms don't. With lora_rank the GPT's own weights are frozen too, and
+    learning_rate is that of the updates. What is trained becomes float32, whatever it was loaded as: a
+    small update is lost in the rounding of bfloat16.
 
-    config.optimizer 'adamw', or 'muon': the hidden matrices of the Transformer blocks, those and nothing else, are
-    trained by Muon at muon_lr, times vision_lr / learning_rate in the encoder.
-    Every group keeps its full rate as 'initial_lr'; the training loop scales it by the schedule.
-    Raises ValueError if nothing is left to train.
+    config.optimizer 'adamw', or 'muon': the hidden matrices of the Transformer blocks, those and nothing
+    else, are trained by Muon at muon_lr, times vision_lr / learning_rate in the encoder. Every group keeps
+    its full rate as 'initial_lr'; the training loop scales it by the schedule. Raises ValueError if nothing
+    is left to train.
     """
     if config.optimizer not in ('adamw', 'muon'):
         raise ValueError(f'optimizer must be adamw or muon, got {config.optimizer!r}')
@@ -317,9 +319,10 @@ def configure_optimizers(model, config):
 
 class Muon(torch.optim.Optimizer):
     """
-    Muon (https://kellerjordan.github.io/posts/muon): SGD with Nesterov momentum whose update, a matrix, is replaced by
-    the nearest orthogonal matrix, approximately, so that all of its directions count alike; with decoupled weight decay.
-    Steps as torch.optim.Muon does, but orthogonalizes all matrices of one shape in one call: there are many small ones.
+    Muon (https://kellerjordan.github.io/posts/muon): SGD with Nesterov momentum whose update, a matrix, is
+    replaced by the nearest orthogonal matrix, approximately, so that all of its directions count alike;
+    with decoupled weight decay. Steps as torch.optim.Muon does, but orthogonalizes all matrices of one
+    shape in one call: there are many small ones.
     """
 
     def __init__(self, groups, momentum=0.95):
@@ -347,9 +350,9 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(x, steps=5):
     """
-    Matrices (N, rows, cols) with singular value decompositions U S V^T -> U S' V^T, S' between 0.7 and 1.2: Newton-Schulz
-    iteration with the coefficients of https://kellerjordan.github.io/posts/muon. Matrix products only; in bfloat16 on a
-    GPU, in float32 on a CPU, where bfloat16 can be many times slower.
+    Matrices (N, rows, cols) with singular value decompositions U S V^T -> U S' V^T, S' between 0.7 and 1.2:
+    Newton-Schulz iteration with the coefficients of https://kellerjordan.github.io/posts/muon. Matrix
+    products only; in bfloat16 on a GPU, in float32 on a CPU, where bfloat16 can be many times slower.
     """
     is_tall = x.shape[1] > x.shape[2]
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
@@ -369,9 +372,9 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, '
 
 def estimate_flops(model, batch):
     """
-    The operations of a training step on a batch: 2 a weight and token forward, 2 for the gradient of the activations, unless
-    nothing before or in the part is trained, and 2 for that of the weights, if those are trained; and the GPT's
-    attention. See PaLM paper Appendix B, https://arxiv.org/abs/2204.02311.
+    The operations of a training step on a batch: 2 a weight and token forward, 2 for the gradient of the
+    activations, unless nothing before or in the part is trained, and 2 for that of the weights, if those
+    are trained; and the GPT's attention. See PaLM paper Appendix B, https://arxiv.org/abs/2204.02311.
     """
     idx, images = batch['idx'], batch['images']
     n_image_tokens = int((idx == model.config.image_token).sum())
@@ -393,7 +396,7 @@ def estimate_flops(model, batch):
 
 
 def estimate_mfu(flops, seconds, gpu):
-    """Model flops utilization: the share of a GPU's peak FLOPS. None for a GPU whose peak is not known here."""
+    """Model flops utilization: the share of a GPU's peak FLOPS, or None if its peak is not known here."""
     name = torch.cuda.get_device_name(gpu)
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     return flops / seconds / peak if peak else None
@@ -403,7 +406,7 @@ def estimate_mfu(flops, seconds, gpu):
 # a step
 
 def get_lr_scale(it, config, top_lr):
-    """The share of its full rate that each part has at step `it`: linear warmup, a cosine to min_lr / top_lr."""
+    """The share of its full rate that each part has at step `it`: linear warmup, cosine to min_lr / top_lr."""
     if not config.decay_lr:
         return 1.0
     if it < config.warmup_iters:
@@ -418,8 +421,8 @@ def get_lr_scale(it, config, top_lr):
 
 def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, stop):
     """
-    One optimizer step over this rank's micro-batches. The gradient is that of the mean loss over everything in the loss,
-    whichever rank and micro-batch it is in: a mean of means would weigh short answers more.
+    One optimizer step over this rank's micro-batches. The gradient is that of the mean loss over everything
+    in the loss, whichever rank and micro-batch it is in: a mean of means would weigh short answers more.
     Returns (loss in nats, number of tokens, whether any rank wants to stop).
     """
     raw_model = model.module if dist_env.ddp else model
@@ -440,7 +443,8 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
         with autocast:
             loss = sum(model(to_device(batch, dist_env.device)).values())
         summed += loss.detach()
-        scaler.scale(loss * (dist_env.world_size / weight)).backward()  # DDP averages over ranks: times their number is the sum
+        # DDP averages over ranks: times their number is the sum
+        scaler.scale(loss * (dist_env.world_size / weight)).backward()
     if dist_env.ddp:
         dist.all_reduce(summed)
     for opt in optimizers:
@@ -459,8 +463,8 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
 
 def ignore_signals(_):
     """
-    Ctrl-C and SIGTERM, which a scheduler sends to all processes at once, are left to the training process: that one saves
-    first, and stops the workers when it exits.
+    Ctrl-C and SIGTERM, which a scheduler sends to all processes at once, are left to the training process:
+    that one saves first, and stops the workers when it exits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -501,8 +505,9 @@ def next_batches(loader, n):
 
 def save_checkpoint(path, checkpoint, keep=0):
     """
-    Writes to a temporary name and renames: whatever happens meanwhile, the last good file stays. With `keep`, the file
-    also stays as ckpt_ITER.pt, and only the newest `keep` of those. Raises OSError if it cannot be written.
+    Writes to a temporary name and renames: whatever happens meanwhile, the last good file stays. With
+    `keep`, the file also stays as ckpt_ITER.pt, and only the newest `keep` of those. Raises OSError if it
+    cannot be written.
     """
     temporary = path + '.tmp'
     folder = os.path.dirname(path)
@@ -520,9 +525,8 @@ def save_checkpoint(path, checkpoint, keep=0):
                       'untouched; make space and continue with --init_from=resume') from error
     if keep:
         shutil.copy(path, os.path.join(folder, f'ckpt_{checkpoint["iter_num"]:08d}.pt'))
-        numbered = sorted(n for n in os.listdir(folder) if n.startswith('ckpt_') and n[5:-3].isdigit())
-        for name in numbered[:-keep]:
-            os.remove(os.path.join(folder, name))
+        for older in sorted(glob.glob(os.path.join(folder, 'ckpt_[0-9]*.pt')))[:-keep]:
+            os.remove(older)
 
 
 class Log:
@@ -592,7 +596,6 @@ def main():
     is_chat = 'messages' in rows[0] or not rows[0].get('images') and 'ocr' in parse_tasks(config.tasks)
     raw_model, enc, checkpoint = init_model(config)
     raw_model.to(dist_env.device)
-    cache = None
     optimizers = configure_optimizers(raw_model, config)
     # min_lr refers to the GPT's rate; if that is frozen, to the largest one of what is trained
     top_lr = config.learning_rate or max(group['lr'] for group in optimizers[0].param_groups)
@@ -602,6 +605,7 @@ def main():
     for p in raw_model.param_groups()['gpt'].values():
         if not p.requires_grad:  # frozen weights are kept in the dtype of the computation
             p.data = p.data.to(getattr(torch, dist_env.dtype))
+    cache = None
     if config.feature_cache and not config.augment:
         cache = FeatureCache.find(config.dataset, raw_model.config, published_fingerprint(raw_model))
     if cache:

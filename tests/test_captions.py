@@ -163,6 +163,8 @@ def test_a_folder_that_img2dataset_has_written_is_read_in_place(folder):
     assert process.returncode == 0, process.stderr
     assert len(read('five', 'train') + read('five', 'val')) == 4
     refused(inside('prepare_data.py', 'cc3m', '--source=nowhere'), 'neither a folder, a .tar, nor OWNER/NAME')
+    (folder / 'x.zip').write_bytes(b'')
+    refused(inside('prepare_data.py', 'cc3m', '--source=x.zip'), 'neither a folder, a .tar, nor OWNER/NAME')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
