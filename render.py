@@ -94,8 +94,8 @@ def wrap(text, face, width):
 
 def layout(text, face, width):
     """
-    The lines of the text in a column of `width` pixels, and their ink box (x0, y0, x1, y1) in pixels; the origin is
-    the left end of the first ascender line.
+    The lines of the text in a column of `width` pixels, and their ink box (x0, y0, x1, y1); the origin is the left end
+    of the first ascender line.
     """
     lines = wrap(text, face, width)
     pitch = math.ceil(LEADING * face.size)
@@ -112,10 +112,9 @@ class DoesNotFit(ValueError):
 
 def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
     """
-    The largest font size, min_size <= size <= max_size, at which the wrapped text stays inside width x height pixels.
-    Returns (size, lines, ink box), the last two as from `layout`. Raises ValueError for text without ink,
-    DoesNotFit for text that overflows even at min_size.
-    Binary search over cached fonts, as text-only VLM pretraining does it (sizes 12 to 200, leading 1.4).
+    The largest font size at which the wrapped text stays inside width x height pixels, by binary search, as in text-only
+    VLM pretraining (sizes 12 to 200, leading 1.4). Returns (size, lines, ink box), the last two as from `layout`.
+    Raises ValueError for text without ink, DoesNotFit for text that overflows even at min_size.
     """
     if not text.strip():
         raise ValueError('there is nothing to draw: the text is empty or white space')
@@ -212,10 +211,7 @@ def add_noise(image, sigma, seed):
 
 
 def augmentation(rng, strength=1.0):
-    """
-    Random arguments for `draw`: size, position, colors, rotation, blur and noise, scaled by strength in [0, 1]; 0 gives
-    plain black on white in the corner. `rng` is a random.Random, so the image is a function of its seed.
-    """
+    """Random arguments for `draw` from a random.Random, scaled by strength in [0, 1]; 0 leaves black on white."""
     if not strength:
         return {}
     amount = lambda high: rng.random() * high * strength
@@ -246,8 +242,8 @@ def augmentation(rng, strength=1.0):
 def split(span, rng, low=0.1, high=0.4):
     """
     Cuts a list of tokens or a string into prefix, infix and postfix, none of them empty. The infix is a share
-    r ~ U(low, high) of the span and its start is uniformly random: the recipe of text-only VLM pretraining.
-    Raises ValueError if the span has fewer than three elements or the ratios are not 0 < low <= high < 1.
+    r ~ U(low, high) of the span, its start uniformly random, as in text-only VLM pretraining. Raises ValueError for
+    fewer than three elements and for ratios that are not 0 < low <= high < 1.
     """
     if not 0 < low <= high < 1:
         raise ValueError(f'the infix ratio must satisfy 0 < low <= high < 1, got {low} and {high}')
@@ -299,14 +295,14 @@ def draw_shapes(shapes):
         else:
             pen.rectangle(box(r, r / 3), fill)
             pen.rectangle(box(r / 3, r), fill)
-    return image.reduce(4)
+    return image.resize((64, 64), Image.Resampling.BOX)
 
 
 def shapes_example(rng, new_image, held_out):
     """
-    (images, each a list of shapes as new_image(rng, count) gives them; turns, each a question and its answer). Many
-    training conversations are or end in a description, which needs everything in the image. Only the last answer of a
-    held-out one is scored: there a description stands alone, and every type of question comes last.
+    (images, each a list of shapes from new_image(rng, count); turns, each a question and its answer). Many training
+    conversations end in a description, which needs everything in the image. Only the last answer of a held-out one is
+    scored: there a description stands alone.
     """
     dice = rng.random()
     if dice < 0.05:
@@ -403,11 +399,8 @@ def text_tile(text, width, height=0, color='black', fill='white'):
 
 def contact_sheet(images, captions, correct=None, cell=400):
     """
-    One RGB image with all images in a grid of four columns, each above its caption.
-
-    images    PIL images; larger ones are scaled down to `cell` pixels of width
-    captions  one string each
-    correct   one bool or None each: the caption is green, red or gray; None for all gray
+    One RGB image with all PIL images in a grid of four columns, each above its caption, scaled down to `cell` pixels
+    of width. correct: a bool or None each, which makes the caption green, red or gray; None for all gray.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f'a contact sheet needs as many captions as images, got {len(images)} and {len(captions)}')
@@ -421,10 +414,7 @@ def contact_sheet(images, captions, correct=None, cell=400):
 
 
 def similarity_grid(images, captions, values):
-    """
-    Images as columns, captions as rows, values[row][column] (-1 to 1) in the cells, the greener the larger; a frame
-    marks the largest of each row. Returns an RGB image.
-    """
+    """An RGB image: images as columns, captions as rows, values[row][column] in the cells; the row's largest framed."""
     cell = 110
     header = [ImageOps.pad(thumbnail(image, cell, cell), (cell, cell), color='white') for image in images]
     rows = [stack([text_tile('', 2 * cell), *header], 0, gap=0)]
@@ -446,15 +436,12 @@ TOKEN_CODES = {'in_loss': '30;42', 'image': '30;44', 'special': '2', 'given': '0
 
 
 def token_sheet(images, tokens, width=720):
-    """
-    The images in a row and, below them, a sequence of (text, type) tokens, each in its box: green for 'in_loss', blue
-    for 'image', gray for 'special', white for 'given'. Returns an RGB image.
-    """
+    """An RGB image: the images in a row and, below them, a sequence of (text, type) tokens, in the type's color."""
     face = load_font('', TEXT_SIZE)
     rows = [[thumbnail(image, width, 160) for image in images]]
     x = width
     for text, token_type in tokens:
-        text = text.replace('\n', '\\n') or '\u00b7'
+        text = text.expandtabs(4).replace('\n', '\\n') or '\u00b7'
         text = ''.join(c if has_glyph(c) else '?' for c in text)
         tile = text_tile(text, math.ceil(face.getlength(text)) + 4, fill=TOKEN_FILLS[token_type])
         if x + tile.width > width:

@@ -24,6 +24,8 @@ import re
 import shutil
 import sys
 from collections import Counter
+from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import torch
@@ -38,7 +40,7 @@ import render
 from configurator import configure, run
 from model import build_model, read_weights, to_hugging_face
 from prepare_data import (ASSISTANT, IMAGE, Examples, FileRows, collate, get_tokenizer, held_out_examples,
-                          load_image, open_rows, parse_tasks, reference, tokenize, until_end)
+                          image_error, load_image, open_rows, reference, tokenize, until_end)
 from vision import QFormerPretraining
 
 # -----------------------------------------------------------------------------
@@ -81,44 +83,50 @@ def best_dtype(device_type):
     return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 
 
+def log(text):
+    """Prints to stderr; stdout is for answers."""
+    print(text, file=sys.stderr)
+
+
 def to_device(batch, where):
     """A collated batch with its tensors on the device `where`."""
     move = lambda tensor: tensor.to(where, non_blocking=True)
-    moved = {name: move(batch[name]) for name in ('idx', 'targets', 'lengths')}
-    return {**moved, 'images': batch['images'] and tuple(map(move, batch['images']))}
+    images = batch['images'] and tuple(map(move, batch['images']))
+    return {'images': images, **{name: move(batch[name]) for name in ('idx', 'targets', 'lengths')}}
 
 
 def answer(model, enc, examples, cache=None, return_logprobs=False, **generation):
     """
-    Answers, a list of str, to a batch of examples: conversations, without their last answer, or texts to
-    continue. `generation` goes to model.generate; greedy by default. An answer does not depend on the rest of the
-    batch. With return_logprobs each is (answer, mean log-probability per token in nats, marked answer).
+    Answers, a list of str, to a batch of conversations, without their last answer, or texts to continue. `generation`
+    goes to model.generate; greedy by default. An answer does not depend on the rest of the batch. With
+    return_logprobs each is (answer, mean log-probability per token in nats, marked answer).
     """
     config = model.config
     prompts = [tokenize(e, enc, config, prompt_only=True, cache=cache) for e in examples]
     batch = to_device(collate(prompts, config), model.lm_head.weight.device)
-    has_images = any(e.get('images') for e in examples)
-    knobs = {'temperature': 0.0, 'images': batch['images'] if has_images else None, **generation}
-    out, token_logprobs = model.generate(
+    has_images = any(p['images'] for p in prompts)
+    generation = {'temperature': 0.0, 'images': batch['images'] if has_images else None, **generation}
+    out, logprobs_of = model.generate(
         batch['idx'], lengths=batch['lengths'], stop_ids=enc.end_ids, return_logprobs=True,
-        allowed=enc.allowed_ids(config.vocab_size).to(batch['idx'].device), **knobs)
+        allowed=enc.allowed_ids(config.vocab_size).to(batch['idx'].device), **generation)
     answers = []
-    for row, p, length in zip(out.tolist(), token_logprobs.tolist(), batch['lengths'].tolist()):
-        ids = until_end(enc, row[length:])
+    for row, p, prompt_ids in zip(out.tolist(), logprobs_of.tolist(), prompts):
+        start = len(prompt_ids['idx'])
+        ids = until_end(enc, row[start:])
         text = enc.decode(ids)
         if return_logprobs:
-            p = p[length:length + len(ids) + 1]  # that it ends there is part of the answer, too
+            p = p[start:start + len(ids) + 1]  # that it ends there is part of the answer, too
             text = text, sum(p) / max(1, len(p)), mark_low_confidence(enc, ids, p)
         answers.append(text)
     return answers
 
 
-def mark_low_confidence(enc, ids, token_logprobs, threshold=0.5):
-    """The text with each word in [brackets?] of which a token had a probability below `threshold`."""
+def mark_low_confidence(enc, ids, token_logprobs):
+    """The text with each word in [brackets?] of which a token had less than half the probability."""
     doubtful = set()  # positions of characters
     for i, p in enumerate(token_logprobs):
-        if math.exp(p) < threshold:
-            # a token may be a part of a character, which is decoded as U+FFFD until it is complete
+        if p < math.log(0.5):
+            # an incomplete character is decoded as U+FFFD
             start = len(enc.decode(ids[:i]).rstrip('\ufffd'))
             doubtful.update(range(start, len(enc.decode(ids[:i + 1]))))
     mark = lambda word: word[0] if doubtful.isdisjoint(range(*word.span())) else f'[{word[0]}?]'
@@ -130,8 +138,8 @@ def mark_low_confidence(enc, ids, token_logprobs, threshold=0.5):
 
 def score(predictions, references):
     """
-    {'cer': edits per character of all references together, 'exact': share of predictions without any edit}.
-    Unlike a precision over words, the character error rate does not reward a short or a fluent wrong answer.
+    {'cer': edits per character of all references together, 'exact': share of predictions without any edit}. Unlike
+    a precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
     edits = [Levenshtein.distance(p, r) for p, r in zip(predictions, references)]
     n_chars = sum(map(len, references))
@@ -158,67 +166,63 @@ def ngrams(words, n):
 
 def bleu(predictions, references):
     """
-    BLEU-4 of all predictions, lists of words, with several references each: the geometric mean of four
-    precisions (an n-gram counts at most as often as in one reference), and a penalty if the predictions are
-    shorter than the references closest in length, https://aclanthology.org/P02-1040.
+    BLEU-4 of all predictions, lists of words, with several references each: the geometric mean of four precisions, and
+    a penalty if the predictions are shorter than the references closest in length, https://aclanthology.org/P02-1040.
     """
-    length = sum(map(len, predictions))
-    closest_length, precision = 0, 1.0
+    matched, total = Counter(), Counter()
+    length = closest_length = 0
     for words, refs in zip(predictions, references):
-        closest_length += min((abs(len(r) - len(words)), len(r)) for r in refs)[1]
-    for n in range(1, 5):
-        matched, total = 0, 0
-        for words, refs in zip(predictions, references):
+        length += len(words)
+        closest_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
+        for n in range(1, 5):
             allowed = Counter()
             for ref in refs:
                 allowed |= ngrams(ref, n)  # the larger of two counts
-            matched += (ngrams(words, n) & allowed).total()
-            total += max(0, len(words) - n + 1)
-        precision *= (matched + 1e-15) / (total + 1e-9)  # pycocoevalcap's small numbers
+            counts = ngrams(words, n)
+            matched[n] += (counts & allowed).total()
+            total[n] += counts.total()
+    # with pycocoevalcap's small numbers
+    precision = math.prod((matched[n] + 1e-15) / (total[n] + 1e-9) for n in range(1, 5))
     return precision ** 0.25 * min(1.0, math.exp(1 - (closest_length + 1e-9) / (length + 1e-15)))
 
 
 def rouge_l(predictions, references):
     """
-    Mean ROUGE-L: the F-score (beta 1.2) of the longest common subsequence of words; of several references the
-    best precision and the best recall, https://aclanthology.org/W04-1013.
+    Mean ROUGE-L: the F-score (beta 1.2) of the longest common subsequence of words, from the best precision and the
+    best recall of several references, https://aclanthology.org/W04-1013.
     """
-    total = 0.0
+    scores = []
     for words, refs in zip(predictions, references):
         common = [LCSseq.similarity(words, ref) for ref in refs]
         p = max(common) / max(1, len(words))
         r = max(c / max(1, len(ref)) for c, ref in zip(common, refs))
-        total += (1 + 1.2**2) * p * r / (r + 1.2**2 * p) if p and r else 0.0
-    return total / len(predictions)
+        scores.append((1 + 1.2**2) * p * r / (r + 1.2**2 * p) if p else 0.0)
+    return fmean(scores)
 
 
 def cider_d(predictions, references):
     """
-    Mean CIDEr-D: 10 times the cosine of n-gram counts (n = 1 to 4), weighted by how rare an n-gram is in the
-    references of all images, with counts clipped at the reference's and a penalty for another length,
-    https://arxiv.org/abs/1411.5726. On a handful of images it has no meaning.
+    Mean CIDEr-D: 10 times the cosine of n-gram counts (n = 1 to 4), weighted by their rarity over all images, with
+    clipped counts and a penalty for another length, https://arxiv.org/abs/1411.5726. Meaningless on few images.
     """
     n_images = Counter()  # in the references of how many images an n-gram occurs
     for refs in references:
         n_images.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
-
-    def tfidf(words, n):
-        """{n-gram: its count times its rarity}"""
-        rarity = lambda gram: math.log(len(references) / max(1, n_images[gram]))
-        return {gram: count * rarity(gram) for gram, count in ngrams(words, n).items()}
+    rarity = lambda gram: math.log(len(references) / max(1, n_images[gram]))
+    tfidf = lambda words, n: {gram: count * rarity(gram) for gram, count in ngrams(words, n).items()}
 
     scores = []
     for words, refs in zip(predictions, references):
-        total = 0.0
+        cosines = []
         for ref, n in itertools.product(refs, range(1, 5)):
             a, b = tfidf(words, n), tfidf(ref, n)
             dot = sum(min(x, b[gram]) * b[gram] for gram, x in a.items() if gram in b)
             norms = math.hypot(*a.values()) * math.hypot(*b.values())
             # the lengths are counted in pairs of words, as in the authors' code
-            gap = max(0, len(words) - 1) - max(0, len(ref) - 1)
-            total += math.exp(-gap**2 / (2 * 6.0**2)) * dot / (norms or 1)
-        scores.append(10 * total / 4 / len(refs))
-    return sum(scores) / len(scores)
+            gap = ngrams(words, 2).total() - ngrams(ref, 2).total()
+            cosines.append(math.exp(-gap**2 / (2 * 6.0**2)) * dot / (norms or 1))
+        scores.append(10 * fmean(cosines))
+    return fmean(scores)
 
 
 # -----------------------------------------------------------------------------
@@ -226,15 +230,14 @@ def cider_d(predictions, references):
 
 def image_caption_pairs(examples, limit):
     """
-    Up to `limit` examples with one image, their captions (an image may have several, its "references"), and
-    image_index (M,), the image of each caption. An example that shares its image or a caption with an earlier
-    one is left out. Raises ValueError for fewer than two images.
+    Up to `limit` examples with one image, their captions (an image may have several "references"), and image_index
+    (M,), the image of each caption. No two examples share an image or a caption. Raises ValueError for fewer than two.
     """
     kept, captions, image_index, used = [], [], [], set()
     for example in examples:
         own = list(dict.fromkeys(example.get('references') or [reference(example).strip()]))
         images = example.get('images') or []
-        names = {*own, *(source for source in images if isinstance(source, str))}
+        names = {*own, *map(str, images)}
         if len(images) == 1 and all(own) and not names & used:
             used |= names
             captions += own
@@ -249,8 +252,8 @@ def image_caption_pairs(examples, limit):
 
 def similarity(image_embeds, text_embeds, chunk=16):
     """
-    Images (N, K, D) and captions (M, D) -> (N, M): the query that is closest to the caption counts.
-    Computed in float32 and in chunks of images: N x K x M would be 16 GB for COCO.
+    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query that is closest to the caption counts. In
+    chunks of images, because N x K x M would be 16 GB for COCO.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         parts = image_embeds.split(chunk)
@@ -259,16 +262,19 @@ def similarity(image_embeds, text_embeds, chunk=16):
 
 def recall(scores, image_index):
     """
-    scores: (N, M) of images and captions; caption j belongs to image image_index[j]. Returns the share of
-    images with a caption of their own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions
-    (t2i_r1, ...), and what guessing would give (chance_r1). Ties count as wrong, so a collapsed model has 0.
+    scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of their own
+    among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_r1, ...), and what guessing would give
+    (chance_r1). Ties count as wrong, so a collapsed model has 0.
     """
-    N, M = scores.shape
-    own = scores[image_index, torch.arange(M)]                                           # (M)
-    best = torch.full((N,), -math.inf).scatter_reduce(0, image_index, own, 'amax')       # (N)
-    n_best = torch.bincount(image_index[own == best[image_index]], minlength=N)          # (N)
-    ahead = {'i2t': (scores >= best[:, None]).sum(1) - n_best, 't2i': (scores >= own).sum(0) - 1}
-    result = {f'{way}_r{k}': (n < k).float().mean().item() for way, n in ahead.items() for k in (1, 5, 10)}
+    N = len(scores)
+    is_own = image_index == torch.arange(N)[:, None]                                     # (N, M)
+    own = scores.masked_fill(~is_own, -math.inf)
+    others = scores.masked_fill(is_own, -math.inf)
+    result = {}
+    for direction, dim in (('i2t', 1), ('t2i', 0)):
+        n_ahead = (others >= own.amax(dim, keepdim=True)).sum(dim)
+        for k in (1, 5, 10):
+            result[f'{direction}_r{k}'] = (n_ahead < k).float().mean().item()
     return {**result, 'chance_r1': 1 / N}
 
 
@@ -297,9 +303,7 @@ class Evaluation:
                        that the infix has about the postfix, the share that came through its pixels
 
     For a QFormerPretraining: val_loss, the losses that it is the sum of, `recall` and `mean_cosine`.
-
-    config: a namespace with train.py's knobs (dataset, text_dataset, tasks and theirs, eval_iters,
-    eval_samples, batch_size, loss_on, seed). held_out: Examples to use instead of the dataset's.
+    config is a namespace with train.py's knobs. held_out: Examples to use instead of the dataset's.
     """
 
     def __init__(self, config, enc, model, dist_env, cache=None, held_out=None):
@@ -307,15 +311,14 @@ class Evaluation:
         self.enc = enc
         self.dist_env = dist_env
         self.cache = cache
-        tasks = parse_tasks(config.tasks)
-        image_tasks = ' '.join(f'{name}:{weight}' for name, weight in tasks.items() if name != 'text')
+        image_tasks = ' '.join(task for task in config.tasks.split() if not task.startswith('text'))
         has_vision = bool(model.config.vision_encoder)
         used_tasks = image_tasks if image_tasks and has_vision else 'text'
         held_out = held_out or held_out_examples(config.dataset, config, used_tasks)
         is_plain = held_out.is_plain_text
         if is_plain and image_tasks and not has_vision:
-            raise ValueError(f'tasks {config.tasks!r} makes images, but the model has no vision_encoder: '
-                             'set --vision_encoder=vit, or --tasks=text')
+            raise ValueError(f'tasks {config.tasks!r} makes images, but the model has no vision_encoder: set '
+                             '--vision_encoder=vit, or --tasks=text')
         n_loss = config.eval_iters * config.batch_size
         limit = max(n_loss, config.eval_samples)
         examples = (held_out[i] for i in range(4 * limit if is_plain else len(held_out.rows)))
@@ -357,8 +360,8 @@ class Evaluation:
 
     def losses(self, model, examples, change=list):
         """
-        {name: mean loss in nats, 'weight': the number of targets or rows that it is the mean of}. `change`
-        maps the examples of a batch to others, one batch at a time, so that few changed images are in memory.
+        {name: mean loss in nats, 'weight': the number of targets or rows}. `change` maps the examples of one batch at
+        a time to others, so that few changed images are in memory.
         """
         def measure(rows):
             batch = self.batch(model, change(rows))
@@ -372,13 +375,13 @@ class Evaluation:
         weight = total.pop('weight', 0)
         return Counter({name: value / max(1, weight) for name, value in total.items()}, weight=weight)
 
-    def generate(self, model, examples, to_prompt):
-        """Greedy answers to to_prompt(example) of each example, on every rank."""
+    def generate(self, model, examples):
+        """Greedy answers to the examples, on every rank."""
         def work(rows):
             # as long as the longest reference and a little more: an answer that goes on is wrong anyway
             length = lambda e: len(reference(e) if e.get('char_level') else self.enc.encode(reference(e)))
             longest = max(map(length, rows)) + 8
-            return answer(model, self.enc, list(map(to_prompt, rows)), self.cache, max_new_tokens=longest)
+            return answer(model, self.enc, list(map(question, rows)), self.cache, max_new_tokens=longest)
 
         return self.map(work, examples)
 
@@ -394,19 +397,19 @@ class Evaluation:
         hidden = [e for e in examples if 'infix' in e]
         if hidden:
             result |= self.pixel_recovery(model, hidden)
-        predictions = self.generate(model, self.questions, question)
+        cells = self.continuation_cells(model)
+        predictions = self.generate(model, self.questions)
+        references = list(map(reference, self.questions))
         if predictions:
-            references = list(map(reference, self.questions))
             result |= {**score(predictions, references), 'n': len(predictions)}
             if all(e.get('references') for e in self.questions):
                 result |= score_captions(predictions, self.questions)
-        table, cells = [], self.continuation_cells(model)
-        for i, (example, prediction) in enumerate(zip(self.questions, predictions)):
-            truth = reference(example)
+        table = []
+        for example, prediction, truth in zip(self.questions, predictions, references):
             edits = Levenshtein.distance(prediction, truth)
-            table.append({'index': i, 'image': image_names(example), 'reference': truth,
+            table.append({'index': len(table), 'image': image_names(example), 'reference': truth,
                           'prediction': prediction, 'edits': edits, 'exact': int(edits == 0)})
-            if i < 32 and example.get('images'):
+            if len(table) <= 32 and example.get('images'):
                 cells.append((example['images'][0], answer_caption(example, prediction), edits == 0))
         sheet = None
         if cells and self.dist_env.rank == 0:
@@ -417,12 +420,11 @@ class Evaluation:
 
     def pixel_recovery(self, model, examples):
         """R, its controls and the losses that they are made of, all on the same postfix tokens."""
-        no_infix = [{**e, 'images': [], 'filling': ''} for e in examples]
-        as_text = [{**e, 'filling': e['infix']} for e in no_infix]
+        as_text = [{**e, 'filling': e['infix']} for e in without_image(examples)]
         pixels = self.losses(model, examples)
         blanked = self.losses(model, examples, blank)
         mismatched = self.losses(model, shuffled(examples))
-        none = self.losses(model, no_infix)
+        none = self.losses(model, examples, without_image)
         infix = self.losses(model, as_text)
         if not pixels['weight'] == none['weight'] == infix['weight']:
             raise ValueError(f'block_size ({model.config.block_size}) is too small to measure R: with its '
@@ -433,10 +435,9 @@ class Evaluation:
 
     def continuation_cells(self, model):
         """What the model generates with the image and with nothing in its place, and the true postfix."""
-        without_image = lambda e: {**question(e), 'images': [], 'filling': ''}
         examples = [{**e, 'text': question(e)['text'] + reference(e)[:150]} for e in self.continuations]
-        with_image = self.generate(model, examples, question)
-        without = self.generate(model, examples, without_image)
+        with_image = self.generate(model, examples)
+        without = self.generate(model, without_image(examples))
         cells = []
         for example, *texts in zip(examples, with_image, without, map(reference, examples)):
             texts = [' '.join(text.split())[:150] for text in texts]
@@ -450,28 +451,30 @@ class Evaluation:
         losses = self.losses(model, self.loss_examples)
         del losses['weight']
 
+        def embed_images(rows):
+            return list(model.image_embeds(self.batch(model, rows)['images']).float().cpu())
+
         def embed_captions(texts):
             longest = model.config.block_size - 2  # an end token, and the one that the model prepends
             ids = [torch.tensor(self.enc.encode(text)[:longest] + [self.enc.end_ids[0]]) for text in texts]
             ids = pad_sequence(ids, batch_first=True, padding_value=-1)
             return list(model.text_embeds(ids.to(self.dist_env.device)).float().cpu())
 
-        embed_images = lambda rows: list(model.image_embeds(self.batch(model, rows)['images']).float().cpu())
         image_embeds = torch.stack(self.map(embed_images, examples))                     # (N, K, D)
         text_embeds = torch.stack(self.map(embed_captions, captions))                    # (M, D)
         scores = similarity(image_embeds, text_embeds)                                   # (N, M)
         result = {'val_loss': sum(losses.values()), **losses, **recall(scores, image_index),
                   'cosine': mean_cosine(image_embeds), 'n': len(examples)}
         table = []
-        for j, (caption, i) in enumerate(zip(captions, image_index.tolist())):
-            rank = int((scores[i] > scores[i, j]).sum()) + 1
-            nearest = captions[int(scores[i].argmax())]
-            table.append({'image': image_names(examples[i]), 'caption': caption,
-                          'cosine': f'{scores[i, j]:.4f}', 'rank': rank, 'nearest': nearest})
+        own_image = image_index.tolist()
+        for caption, i, column in zip(captions, own_image, scores.T):                    # (N)
+            table.append({'image': image_names(examples[i]), 'caption': caption, 'cosine': f'{column[i]:.4f}',
+                          'rank': 1 + int((scores[i] > column[i]).sum()),
+                          'nearest': captions[scores[i].argmax()]})
         sheet = None
         if self.dist_env.rank == 0:
             images = [load_image(e['images'][0]) for e in examples[:8]]
-            shown = [image_index.tolist().index(i) for i in range(len(images))]  # a caption of each
+            shown = [own_image.index(i) for i in range(len(images))]  # a caption of each
             sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
         return result, sheet, table
 
@@ -499,6 +502,11 @@ def shuffled(examples):
     images = [source for e in examples for source in e.get('images') or []]
     images = iter(images[len(images) // 2:] + images[:len(images) // 2])
     return [{**e, 'images': [next(images) for _ in e.get('images') or []]} for e in examples]
+
+
+def without_image(examples):
+    """The examples with nothing in place of the images."""
+    return [{**e, 'images': [], 'filling': ''} for e in examples]
 
 
 def is_question(example):
@@ -530,9 +538,9 @@ def answer_caption(example, prediction):
 # the script
 
 # what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
-DEFAULTS = dict(tasks='ocr', text_dataset='', loss_on='assistant', eval_iters=8, batch_size=12, seed=1337,
-                augment='', min_span=200, max_span=4000)
-ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
+DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12, seed=1337,
+                augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto')
+ONE_PROCESS = dict(rank=0, world_size=1, ddp=False)
 
 
 def newest_run():
@@ -542,7 +550,7 @@ def newest_run():
         raise ValueError('no checkpoint under out/: train one first (torchrun train.py '
                          'config/quickstart.py), or name one with --out_dir or --init_from')
     folder = os.path.dirname(max(paths, key=os.path.getmtime))
-    print(f'{folder}: newest run', file=sys.stderr)
+    log(f'{folder}: newest run')
     return folder
 
 
@@ -557,8 +565,7 @@ def load():
         overrides['lora_rank'] = 0  # merges the updates: the same answers, faster
     model = build_model(state, source, **overrides)
     config = SimpleNamespace(**{**DEFAULTS, **state['config']})
-    name = tokenizer or state['config'].get('tokenizer') or 'gpt2'
-    enc = get_tokenizer(name, state['config'].get('system_prompt', 'auto'))
+    enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt)
     config.chat = state.get('chat', enc.has_chat_template)
     n_ids = max(enc.n_text, 1 + max(enc.end_ids))
     if n_ids > model.config.vocab_size:
@@ -572,7 +579,7 @@ def load():
             p.data = p.data.to(precision if part == 'gpt' else torch.float32)
     model.to(where).eval()
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f'{source}: iteration {state.get("iter_num", 0)}, {n_params:.2f}M parameters', file=sys.stderr)
+    log(f'{source}: iteration {state.get("iter_num", 0)}, {n_params:.2f}M parameters')
     return model, enc, config, torch.autocast(device_type, precision, enabled=precision != torch.float32)
 
 
@@ -595,13 +602,13 @@ def print_answer(model, enc, example, prefix=''):
     (text, mean, marked), = answer(model, enc, [example], return_logprobs=True, **generation_knobs())
     print(prefix + (marked if logprobs else text), flush=True)
     if logprobs:
-        print(f'mean log-probability of a token: {mean:.3f} nats', file=sys.stderr)
+        log(f'mean log-probability of a token: {mean:.3f} nats')
     return text
 
 
 def ask(model, enc, as_chat):
     """Prints num_samples answers to the prompt."""
-    example = prompt_example(prompt, list(map(load_image, image)), as_chat)
+    example = prompt_example(prompt, image, as_chat)
     for i in range(num_samples):
         if i:
             print('---------------')
@@ -611,7 +618,7 @@ def ask(model, enc, as_chat):
 def chat_loop(model, enc):
     """Reads turns from stdin and answers each, given all turns before it."""
     images, messages = list(map(load_image, image)), []
-    print(f'{len(images)} image(s); an empty line or Ctrl-D ends the conversation', file=sys.stderr)
+    log(f'{len(images)} image(s); an empty line or Ctrl-D ends the conversation')
     while True:
         print('> ', end='', file=sys.stderr, flush=True)
         line = sys.stdin.readline().strip()
@@ -625,40 +632,36 @@ def chat_loop(model, enc):
 def caption_folder(model, enc, config, as_chat):
     """Asks the prompt about every image of a folder: captions.csv and captions.png in out_dir."""
     folder, = image
-    paths = sorted(os.path.join(root, n) for root, _, names in os.walk(folder) for n in names if n[0] != '.')
-
-    def caption(batch):
-        examples = {}
-        for path in batch:
-            try:
-                examples[path] = prompt_example(prompt, [load_image(path)], as_chat)
-            except ValueError as error:
-                print(f'skipped: {error}', file=sys.stderr)
-        if not examples:
-            return []
-        torch.manual_seed(seed)
-        answers = answer(model, enc, examples.values(), return_logprobs=True, **generation_knobs())
-        names = [os.path.relpath(path, folder) for path in examples]
-        return [{'image': name, 'caption': text, 'logprob': f'{mean:.4f}', 'marked': marked}
-                for name, (text, mean, marked) in zip(names, answers)]
-
-    table = map_across_ranks(caption, paths, config.batch_size, ONE_PROCESS)
-    if not table:
+    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name[0] != '.']
+    examples = []
+    for path in sorted(paths):
+        problem = image_error(path)
+        if problem:
+            log(f'skipped {path}: {problem}')
+        else:
+            examples.append(prompt_example(prompt, [path], as_chat))
+    if not examples:
         raise ValueError(f'no image in {folder}')
-    images = [load_image(os.path.join(folder, row['image'])) for row in table[:64]]
+    work = lambda rows: answer(model, enc, rows, return_logprobs=True, **generation_knobs())
+    answers = map_across_ranks(work, examples, config.batch_size, SimpleNamespace(**ONE_PROCESS))
+    table = []
+    for example, (text, mean, marked) in zip(examples, answers):
+        name = os.path.relpath(example['images'][0], folder)
+        table.append({'image': name, 'caption': text, 'logprob': f'{mean:.4f}', 'marked': marked})
+    images = [load_image(e['images'][0]) for e in examples[:64]]
     captions = [row['marked' if logprobs else 'caption'] for row in table[:64]]
     write_results('captions', table, render.contact_sheet(images, captions))
 
 
 def evaluate(model, enc, config, autocast):
     """The evaluation of train.py on --eval: figures to stdout as JSON, eval.csv and eval.png to out_dir."""
-    if eval != getattr(config, 'dataset', ''):
+    if eval != config.dataset:
         config.text_dataset = ''
     if not model.config.vision_encoder:
         config.tasks = 'text'
     config.dataset = eval
     config.eval_samples = eval_samples
-    dist_env = SimpleNamespace(**vars(ONE_PROCESS), device=next(model.parameters()).device)
+    dist_env = SimpleNamespace(**ONE_PROCESS, device=next(model.parameters()).device)
     held_out = None
     if eval.endswith('.jsonl') and os.path.isfile(eval):
         held_out = Examples(FileRows(eval), config, seed=0, shuffle=False)
@@ -676,10 +679,10 @@ def write_results(name, table, sheet):
             writer = csv.DictWriter(f, table[0])
             writer.writeheader()
             writer.writerows(table)
-        print(f'{len(table)} rows in {path}.csv', file=sys.stderr)
+        log(f'{len(table)} rows in {path}.csv')
     if sheet:
         sheet.save(path + '.png')
-        print(f'the first of them with their images in {path}.png', file=sys.stderr)
+        log(f'the first of them with their images in {path}.png')
 
 
 def export_model(model, enc, config):
@@ -687,23 +690,24 @@ def export_model(model, enc, config):
     Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the
     files of its tokenizer; glimpse.safetensors, the whole model, which --checkpoint and --init_from read.
     """
-    if os.path.isdir(export) and os.listdir(export):
+    folder = Path(export)
+    if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f'--export={export} is not empty: name a new folder')
     settings, text_weights = to_hugging_face(model)
-    os.makedirs(export, exist_ok=True)
-    with open(os.path.join(export, 'config.json'), 'w', encoding='utf-8') as f:
-        json.dump({**settings, 'eos_token_id': enc.end_ids}, f, indent=2)
-    save_file(text_weights, os.path.join(export, 'model.safetensors'), metadata={'format': 'pt'})
+    settings['eos_token_id'] = enc.end_ids
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
+    save_file(text_weights, folder / 'model.safetensors', metadata={'format': 'pt'})
     # a frozen encoder is written too, so that no other file is needed; tied weights are written once
     weights = {name: p.contiguous() for name, p in model.state_dict().items()}
     if model.config.tie_weights:
         del weights['lm_head.weight']
     knobs = {**vars(config), 'tokenizer': enc.name}
     about = {'model_args': vars(model.config), 'config': knobs, 'chat': config.chat}
-    save_file(weights, os.path.join(export, 'glimpse.safetensors'), metadata={'glimpse': json.dumps(about)})
+    save_file(weights, folder / 'glimpse.safetensors', metadata={'glimpse': json.dumps(about)})
     for path in enc.files:
-        shutil.copy(path, export)
-    print(f'{export}: {", ".join(sorted(os.listdir(export)))}', file=sys.stderr)
+        shutil.copy(path, folder)
+    log(f'{export}: {", ".join(sorted(os.listdir(export)))}')
 
 
 def main():

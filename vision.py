@@ -107,38 +107,36 @@ def preprocess(image, config):
     Raises ValueError for an image that is too elongated.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
-    pixels = np.asarray(resize(image, config))                                           # (H, W, 3)
-    rows = math.ceil(pixels.shape[0] / ph)
-    cols = math.ceil(pixels.shape[1] / pw)
-    cell_rows = math.ceil(rows / k)
-    cell_cols = math.ceil(cols / k)
-    # the last row and column of patches are filled up with the image's own border, whatever its color
-    missing_rows = cell_rows * k * ph - pixels.shape[0]
-    missing_cols = cell_cols * k * pw - pixels.shape[1]
-    pixels = np.pad(pixels, ((0, missing_rows), (0, missing_cols), (0, 0)), mode='edge')
-    patches = pixels.reshape(cell_rows, k, ph, cell_cols, k, pw, 3)
-    patches = patches.transpose(0, 3, 1, 4, 2, 5, 6)                                     # (rows, cols, k, k, ph, pw, 3)
-    patches = patches.reshape(-1, ph * pw * 3)                                           # (L, ph*pw*3)
-    y, x = np.mgrid[:cell_rows * k, :cell_cols * k]
-    grid = np.stack([y, x], -1).reshape(cell_rows, k, cell_cols, k, 2)
-    grid = grid.transpose(0, 2, 1, 3, 4).reshape(-1, 2)                                  # (L, 2)
-    outside = (grid[:, 0] >= rows) | (grid[:, 1] >= cols)
-    grid = np.where(outside[:, None], -1, grid)
-    patches, grid = torch.from_numpy(patches), torch.from_numpy(grid)
+    pixels = np.asarray(resize(image, config))                                   # (H, W, 3)
+    H, W, _ = pixels.shape
+    rows, cols = math.ceil(H / ph), math.ceil(W / pw)
+    grid = np.stack(np.mgrid[:rows, :cols], axis=-1)                             # (rows, cols, 2)
+    # the last row and column of cells are filled up with the image's own border, whatever its color
+    pixels = np.pad(pixels, ((0, -H % (k * ph)), (0, -W % (k * pw)), (0, 0)), mode='edge')
+    grid = np.pad(grid, ((0, -rows % k), (0, -cols % k), (0, 0)), constant_values=-1)
+    patches = cut(pixels, k, ph, pw)                                             # (L, ph * pw * 3)
+    grid = cut(grid, k, 1, 1)                                                    # (L, 2)
     if is_pretrained(config) and config.vision_cls:  # the class token comes from no patch: an entry in front for it
         patches = F.pad(patches, (0, 0, 1, 0))
         grid = F.pad(grid, (0, 0, 1, 0))
     return patches, grid
 
 
+def cut(array, k, height, width):
+    """(H, W, C) -> its pieces of height x width as rows of a tensor (L, height * width * C), cell by cell of k x k."""
+    H, W, C = array.shape
+    array = array.reshape(H // (k * height), k, height, W // (k * width), k, width, C)
+    array = array.transpose(0, 3, 1, 4, 2, 5, 6)                                 # (rows, cols, k, k, height, width, C)
+    return torch.from_numpy(array.reshape(-1, height * width * C))
+
+
 def resize(image, config):
-    """An RGB PIL image at the size at which the encoder reads it."""
+    """An RGB PIL image at the size at which the encoder reads it; bicubic, Pillow's default."""
     if is_pretrained(config):
         return resize_to_square(image, config)
     if config.line_height:
         image = crop_line(image)
-    size = scaled_size(*image.size, config)
-    return image.resize(size, Image.Resampling.BICUBIC) if size != image.size else image
+    return image.resize(scaled_size(*image.size, config))
 
 
 def resize_to_square(image, config):
@@ -152,11 +150,11 @@ def resize_to_square(image, config):
     size = config.image_size, config.image_size
     if config.image_fit == 'pad':
         mean = tuple(round(255 * m) for m in config.image_mean)
-        image = ImageOps.pad(image, size, Image.Resampling.BICUBIC, color=mean)
+        image = ImageOps.pad(image, size, color=mean)
     elif config.image_fit == 'squash':
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = image.resize(size)
     elif config.image_fit == 'crop':
-        image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+        image = ImageOps.fit(image, size)
     else:
         raise ValueError(f'image_fit must be pad, squash or crop, got {config.image_fit!r}')
     side = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14: 378
@@ -170,14 +168,14 @@ def scaled_size(width, height, config):
     text and are first scaled to that height. Raises ValueError for an image so elongated that the limit would
     shrink one side to less than a quarter of a patch.
     """
-    cell_w = cell_size(config) * config.patch_width
-    cell_h = cell_size(config) * config.patch_height
+    ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
+    cell_w = k * pw
+    cell_h = k * ph
     wanted = config.line_height / height if config.line_height else 1.0
     scale = min(wanted, math.sqrt(config.max_image_tokens * cell_w * cell_h / (width * height)))
     while math.ceil(width * scale / cell_w) * math.ceil(height * scale / cell_h) > config.max_image_tokens:
         scale *= 0.98
-    too_thin = width * scale < config.patch_width / 4 or height * scale < config.patch_height / 4
-    if scale < wanted and too_thin:
+    if scale < wanted and min(width * scale / pw, height * scale / ph) < 1 / 4:
         raise ValueError(f'an image of {width}x{height} pixels is too elongated for {config.max_image_tokens} image '
                          'tokens: cut it into pieces or raise max_image_tokens')
     return max(1, round(width * scale)), max(1, round(height * scale))
@@ -193,14 +191,12 @@ def crop_line(image):
     gray = np.asarray(image.convert('L'), dtype=np.float32)                              # (H, W)
     contrast = np.abs(gray - np.median(gray))
     ink = contrast > max(16, contrast.max() / 4)
-    ys = np.flatnonzero(ink.any(1))
-    xs = np.flatnonzero(ink.any(0))
-    if not len(xs):
+    box = Image.fromarray(ink).getbbox()
+    if box is None:
         return image
-    left, right, top = int(xs[0]), int(xs[-1]) + 1, int(ys[0])
-    middle = int(ys[0] + ys[-1]) // 2
-    ink_per_row = ink.sum(1)
-    ink_that_ends = ink_per_row - np.append(ink_per_row[1:], 0)
+    left, top, right, bottom = box
+    middle = (top + bottom - 1) // 2
+    ink_that_ends = -np.diff(ink.sum(1), append=0)                               # (H)
     baseline = middle + int(ink_that_ends[middle:].argmax()) + 1
     black_on_white = (255 - contrast * (255 / contrast.max())).astype(np.uint8)
     line = Image.new('L', (right - left, math.ceil(1.35 * (baseline - top))), 255)
@@ -243,6 +239,21 @@ class Freezable(nn.Module):
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
 
+def attend(q, k, v, n_head, mask):
+    """Multi-head attention of q (N, T, C) to k, v (N, L, C) where mask, bool and broadcastable to (N, nh, T, L), is True."""
+    q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (N, nh, T or L, hs)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.transpose(1, 2).flatten(2)                                          # (N, T, C)
+
+
+def padding_mask(valid):
+    """
+    The mask of attention to a padded sequence, valid (N, L) -> (N, 1, 1, L). An image that is only padding has nothing to
+    attend to, but softmax needs something: its padding.
+    """
+    return (valid | ~valid.any(1, keepdim=True))[:, None, None]
+
+
 class Block(nn.Module):
     """A pre-norm Transformer block with bidirectional attention: every patch attends to all patches of its own image."""
 
@@ -257,11 +268,8 @@ class Block(nn.Module):
         self.mlp_proj = nn.Linear(4 * width, width)
 
     def forward(self, x, mask):
-        N, L, C = x.shape
-        q, k, v = (t.view(N, L, self.n_head, C // self.n_head).transpose(1, 2)           # (N, nh, L, hs)
-                   for t in self.c_attn(self.ln_1(x)).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # not causal: an image has no order
-        x = x + self.attn_proj(y.transpose(1, 2).reshape(N, L, C))
+        q, k, v = self.c_attn(self.ln_1(x)).chunk(3, dim=-1)                         # (N, L, C)
+        x = x + self.attn_proj(attend(q, k, v, self.n_head, mask))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
 
 
@@ -293,29 +301,24 @@ class ViT(Freezable):
                 nn.init.zeros_(p)
         # neighboring rows and columns start similar: sines and cosines, trained from there on
         for table in (self.row_embed, self.col_embed):
-            with torch.no_grad():
-                table.weight.copy_(sinusoids(max_length, width))
+            table.weight.data = sinusoids(max_length, width)
 
     def forward(self, patches, grid):
         """uint8 patches (N, L, D), grid (N, L, 2) -> features (N, L, C)."""
-        valid = grid[..., 0] >= 0                                                        # (N, L)
         x = self.patch_embed(1 - patches.to(self.patch_embed.weight.dtype) / 255)        # (N, L, C), white is 0
         row, col = grid.clamp(min=0).unbind(-1)
         x = x + self.row_embed(row) + self.col_embed(col)
-        # padding is no key; each patch attends to itself, because not every kernel allows a query without any key
-        own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-        mask = valid[:, None, None, :] | own                                             # (N, 1, L, L)
+        mask = padding_mask(grid[..., 0] >= 0)                                       # (N, 1, 1, L)
         for block in self.h:
             x = block(x, mask)
         return self.ln_f(x)                                                              # (N, L, C)
 
 
-def sinusoids(length, width, scale=0.3, period=200):
-    """(length, width) table of sines and cosines of falling frequency, with the RMS of an embedding, `scale`."""
-    frequency = torch.exp(-math.log(period) * torch.arange(width // 2) / (width // 2))
+def sinusoids(length, width):
+    """(length, width) table of sines and cosines of falling frequency, with an RMS of 0.3."""
+    frequency = torch.exp(-math.log(200) * torch.arange(0, width, 2) / width)
     angle = torch.arange(length)[:, None] * frequency
-    table = torch.cat([angle.sin(), angle.cos()], dim=1)
-    return math.sqrt(2) * scale * F.pad(table, (0, width % 2))
+    return math.sqrt(2) * 0.3 * torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
 
 
 # -----------------------------------------------------------------------------
@@ -344,6 +347,7 @@ class PretrainedEncoder(Freezable):
         if config.vision_cls and config.connector == 'pool':
             raise ValueError('vision_cls does not work with connector pool: a class token is in no cell of patches')
         self.config = config
+        self.n_cls = int(config.vision_cls)
         self.width, self.side, unused = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
         self.tower = open_tower(config.vision_encoder, load)
         for name in unused:
@@ -352,40 +356,41 @@ class PretrainedEncoder(Freezable):
             module.register_buffer(last, module._parameters.pop(last).data, persistent=False)
         # identifies weights that are stored elsewhere, under this name
         self.fingerprint = fingerprint(self.tower.state_dict()) if load else ''
-        grid = preprocess(Image.new('RGB', (8, 8)), config)[1][int(config.vision_cls):]  # (L, 2), cell by cell
-        row_by_row = torch.where(grid[:, 0] < 0, 10**9, grid[:, 0] * self.side + grid[:, 1])
-        # the index of each patch that the tower reads row by row in the order of `preprocess`, which is cell by cell
-        order = row_by_row.argsort()[:self.side ** 2] + int(config.vision_cls)
+        # the index of what the tower gives, class token and patches row by row, in the order of `preprocess`, cell by cell
+        _, grid = preprocess(Image.new('RGB', (8, 8)), config)                       # (L, 2)
+        row, col = grid.unbind(-1)
+        rank = torch.where(row < 0, self.side**2, row * self.side + col)
+        rank[:self.n_cls] = -1
+        order = rank.argsort()[:self.n_cls + self.side**2]
         self.register_buffer('order', order, persistent=False)
 
     def forward(self, patches, grid):
         """uint8 patches (N, L, D), grid (N, L, 2) -> features (N, L, C)."""
         config, side, p = self.config, self.side, self.config.patch_width
         N, L, _ = patches.shape
-        x = patches[:, self.order].view(N, side, side, p, p, 3)
-        x = x.permute(0, 5, 1, 3, 2, 4)                                                  # (N, 3, side, p, side, p)
-        x = x.reshape(N, 3, side * p, side * p).float() / 255
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (config.image_mean, config.image_std))
+        x = patches[:, self.order[self.n_cls:]].view(N, side, side, p, p, 3) / 255
+        x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
+        x = x.permute(0, 5, 1, 3, 2, 4).reshape(N, 3, side * p, side * p)
         margin = config.image_size - side * p  # pixels after the last whole patch, which belong to no patch
-        x = F.pad((x - mean) / std, (0, margin, 0, margin))
-        x, cls = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
+        x = F.pad(x, (0, margin, 0, margin))                                         # (N, 3, image_size, image_size)
         out = x.new_zeros(N, L, self.width)
-        out[:, self.order] = x.flatten(2).transpose(1, 2)                                # (N, L, C)
-        if cls is not None:
-            out[:, 0] = cls[:, 0]
+        out[:, self.order] = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
         return out
 
 
 def forward_features(tower, x, layer, keep_cls):
-    """Normalized pixels (N, 3, S, S) -> features of that layer (N, C, rows, cols), class token (N, 1, C) or None."""
+    """Normalized pixels (N, 3, S, S) -> features of that layer (N, L, C): the class token if it is kept, then row by row."""
     options = dict(indices=[layer], output_fmt='NCHW', intermediates_only=True, stop_early=True)
     if hasattr(tower, 'preprocess_cfg'):  # open_clip's
         out = tower.forward_intermediates(x, normalize_intermediates=layer == -1, output_extra_tokens=keep_cls, **options)
-        return out['image_intermediates'][0], out.get('image_intermediates_prefix', [None])[0]
-    if keep_cls:
-        options['return_prefix_tokens'] = True
-    out = tower.forward_intermediates(x, norm=layer == -1, **options)[0]
-    return out if keep_cls else (out, None)
+        x = out['image_intermediates'][0]                                            # (N, C, rows, cols)
+        prefix = out.get('image_intermediates_prefix', [None])[0]
+    elif keep_cls:
+        x, prefix = tower.forward_intermediates(x, norm=layer == -1, return_prefix_tokens=True, **options)[0]
+    else:
+        x = tower.forward_intermediates(x, norm=layer == -1, **options)[0]
+    x = x.flatten(2).transpose(1, 2)                                                 # (N, rows * cols, C)
+    return torch.cat([prefix[:, :1], x], dim=1) if keep_cls else x
 
 
 def complete_config(config):
@@ -414,30 +419,35 @@ def tower_shape(name, layer, keep_cls):
     if keep_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
         raise ValueError(f'{name} has no class token: leave vision_cls out')
     try:
-        x, cls = forward_features(tower.eval(), torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
+        x = forward_features(tower.eval(), torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f'{name} gives no features at vision_layer {layer}: {error}') from error
-    (x.sum() if cls is None else x.sum() + cls.sum()).backward()
+    x.sum().backward()
     unused = [name for name, p in tower.named_parameters() if p.grad is None]
-    return x.shape[1], x.shape[2], unused
+    return x.shape[2], math.isqrt(x.shape[1] - int(keep_cls)), unused
+
+
+def split_name(name):
+    """An encoder's name as (name of the model in its library, tag or file of its weights)."""
+    if name.startswith(('hf-hub:', 'local-dir:')):
+        return name, ''
+    model, _, weights = name.removeprefix('timm/').partition('/')
+    return model, weights
 
 
 def open_tower(name, load, device='cpu'):
     """The named image tower. Without `load` its weights are random and nothing is read."""
+    model, weights = split_name(name)
     try:
         with torch.device(device):
             if name.startswith('timm/'):
                 import timm
-                model, _, path = name[5:].partition('/')
-                overlay = dict(file=check_file(path)) if path and load else None
+                overlay = dict(file=check_file(weights)) if weights and load else None
                 return timm.create_model(model, pretrained=load, num_classes=0, pretrained_cfg_overlay=overlay)
             import open_clip  # takes some seconds
-            if name.startswith(('hf-hub:', 'local-dir:')):
-                return open_clip.create_model(name, load_weights=load, require_pretrained=load, device=device).visual
-            model, _, tag = name.partition('/')
             # the text tower comes along, and is dropped on leaving this line
-            return open_clip.create_model(model, pretrained=tag if load else None, pretrained_text=False,
-                                          require_pretrained=load, device=device).visual
+            return open_clip.create_model(model, weights if load else None, load_weights=load, require_pretrained=load,
+                                          pretrained_text=False, device=device).visual
     except Exception as error:  # open_clip, timm and the hub's client raise many of their own
         raise ValueError(f'{name} cannot be loaded ({str(error).splitlines()[0]}): a name like '
                          'ViT-L-14-quickgelu/openai is downloaded once, so connect, or name a file of its weights, '
@@ -447,53 +457,50 @@ def open_tower(name, load, device='cpu'):
 @functools.lru_cache
 def tower_preprocessing(name):
     """(image size, mean, std) of the images that the named tower was trained on. Checks the name first."""
+    model, tag = split_name(name)
     if name.startswith('timm/'):
         import timm
-        model = name[5:].partition('/')[0]
         if not timm.is_model(model):
             raise ValueError(f'{name} is not a model of timm{did_you_mean(model.partition(".")[0], timm.list_models())}')
         data = timm.data.resolve_model_data_config(open_tower(name, load=False, device='meta'))
         return data['input_size'][-1], data['mean'], data['std']
     import open_clip
     published = {}
-    if not name.startswith(('hf-hub:', 'local-dir:')):
-        model, _, tag = name.partition('/')
-        if open_clip.get_model_config(model) is None:
+    if model != name:  # neither hf-hub: nor local-dir:
+        if model not in open_clip.list_models():
             raise ValueError(f'{name} is not a model of open_clip{did_you_mean(model, open_clip.list_models())}')
-        published = open_clip.get_pretrained_cfg(model, tag) or file_preprocessing(name)
+        published = open_clip.get_pretrained_cfg(model, tag) or file_preprocessing(model, tag)
         wants_quick_gelu = open_clip.get_model_config(model).get('quick_gelu', False)
         if published.get('quick_gelu', wants_quick_gelu) != wants_quick_gelu:
             other = model.replace('-quickgelu', '') if wants_quick_gelu else f'{model}-quickgelu'
             raise ValueError(f'{name} would run with another activation than its weights were trained with: take '
                              f'{other}/{tag}')
     own = open_tower(name, load=False, device='meta').preprocess_cfg
-    size = own['size'] if isinstance(own['size'], int) else own['size'][0]
+    size, *_ = np.atleast_1d(own['size']).tolist()
     return size, tuple(published.get('mean', own['mean'])), tuple(published.get('std', own['std']))
 
 
-def file_preprocessing(name):
+def file_preprocessing(model, path):
     """
-    What is known of the weights in a local file, NAME/FILE: from the open_clip_config.json next to it, or from the
+    What is known of a model's weights in a local file: from the open_clip_config.json next to it, or from the
     published weights of the same model, if all of them agree. Otherwise {}, and a note says what is assumed.
     """
     import open_clip
-    model, _, path = name.partition('/')
     if not path:  # random weights
         return {}
     config_path = os.path.join(os.path.dirname(check_file(path)), 'open_clip_config.json')
     if os.path.isfile(config_path):
         with open(config_path, encoding='utf-8') as f:
             config = json.load(f)
-        quick_gelu = config['model_cfg'].get('quick_gelu', False)
-        return {**config.get('preprocess_cfg', {}), 'quick_gelu': quick_gelu}
+        return {**config.get('preprocess_cfg', {}), 'quick_gelu': config['model_cfg'].get('quick_gelu', False)}
     tags = [open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
     stats = {(tag['mean'], tag['std']) for tag in tags}
-    if len(stats) != 1:
-        print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are assumed: put '
-              'its open_clip_config.json next to it', file=sys.stderr)
-        return {}
-    mean, std = stats.pop()
-    return {'mean': mean, 'std': std}
+    if len(stats) == 1:
+        mean, std = stats.pop()
+        return {'mean': mean, 'std': std}
+    print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are assumed: put '
+          'its open_clip_config.json next to it', file=sys.stderr)
+    return {}
 
 
 def did_you_mean(word, words):
@@ -542,10 +549,8 @@ class Attention(nn.Module):
         self.ln = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, x, context, mask):
-        q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                    # (N, nh, T or L, hs)
-                   for t in (self.q(x), self.k(context), self.v(context)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.ln(x + self.proj(y.transpose(1, 2).flatten(2)))
+        y = attend(self.q(x), self.k(context), self.v(context), self.n_head, mask)
+        return self.ln(x + self.proj(y))
 
 
 class FeedForward(nn.Module):
@@ -585,10 +590,10 @@ class QFormerBlock(nn.Module):
         return torch.cat([queries, self.text_mlp(text)], dim=1) if text.shape[1] else queries
 
 
-def qformer_mask(objective, n_queries, valid):
+def qformer_mask(objective, n_queries, is_token):
     """
-    Which position attends to which in the Q-Former's self-attention, bool (N, 1, K + T, K + T), for texts of which
-    `valid`, bool (N, T), is not padding. A row attends to the columns with a 1; here with two queries and three tokens:
+    Which position attends to which in the Q-Former's self-attention, bool (N, 1, K + T, K + T); is_token (N, K + T) is
+    False at the padding of texts. A row attends to the columns with a 1; here with two queries and three tokens:
 
         itc  q q t t t      itm  q q t t t      itg  q q t t t
            q 1 1 . . .         q 1 1 1 1 1         q 1 1 . . .
@@ -601,18 +606,14 @@ def qformer_mask(objective, n_queries, valid):
     itm  do image and caption match? Everything attends to everything
     itg  the caption is generated token by token from the queries, which must not see it
     """
-    _, T = valid.shape
-    K = n_queries
-    mask = torch.ones(K + T, K + T, dtype=torch.bool, device=valid.device)
-    if objective in ('itc', 'itg'):
-        mask[:K, K:] = False
+    mask = is_token.new_ones(is_token.shape[1], is_token.shape[1])               # (K + T, K + T)
+    if objective != 'itm':
+        mask[:n_queries, n_queries:] = False
     if objective == 'itc':
-        mask[K:, :K] = False
-    elif objective == 'itg':
-        mask[K:, K:] = mask[K:, K:].tril()
-    not_padding = F.pad(valid, (K, 0), value=True)[:, None, None, :]                     # (N, 1, 1, K + T)
-    own = torch.eye(K + T, dtype=torch.bool, device=valid.device)  # each attends to itself, padding too
-    return mask & not_padding | own
+        mask[n_queries:, :n_queries] = False
+    if objective == 'itg':
+        mask[n_queries:, n_queries:].tril_()
+    return mask & is_token[:, None, None]
 
 
 class QFormer(Freezable):
@@ -650,17 +651,16 @@ class QFormer(Freezable):
         N = len(image if ids is None else ids)
         K = 0 if image is None else len(self.queries)
         x = self.queries[:K].expand(N, -1, -1)                                           # (N, K, C)
-        is_text = torch.ones(N, 0, dtype=torch.bool, device=x.device) if ids is None else ids >= 0  # (N, T)
+        is_token = torch.ones(N, K, dtype=torch.bool, device=x.device)
         if ids is not None:
-            text = self.wte(ids.clamp(min=0)) + self.wpe.weight[:ids.shape[1]]           # (N, T, C)
+            text = self.wte(ids.clamp(min=0)) + self.wpe.weight[:ids.shape[1]]       # (N, T, C)
             x = torch.cat([x, text], dim=1)
+            is_token = torch.cat([is_token, ids >= 0], dim=1)                        # (N, K + T)
         x = self.ln_embed(x)
-        mask = qformer_mask(objective, K, is_text)
+        mask = qformer_mask(objective, K, is_token)
         if image is not None:
             image = self.ln_image(image)
-            # an image that is only padding has nothing to attend to, but softmax needs something
-            valid = valid | ~valid.any(1, keepdim=True)
-            valid = valid[:, None, None, :]                                              # (N, 1, 1, L)
+            valid = padding_mask(valid)                                              # (N, 1, 1, L)
         for block in self.h:
             x = block(x, K, mask, image, valid)
         return x[:, :K], x[:, K:]
@@ -680,10 +680,10 @@ class Connector(Freezable):
         super().__init__()
         if config.connector not in ('linear', 'mlp', 'pool', 'qformer'):
             raise ValueError(f'connector must be linear, mlp, pool or qformer, got {config.connector!r}')
-        if config.connector == 'linear':
-            self.net = nn.Sequential(nn.Linear(width, config.n_embd))
-        else:
-            self.net = nn.Sequential(nn.Linear(width, config.n_embd), nn.GELU(), nn.Linear(config.n_embd, config.n_embd))
+        layers = [nn.Linear(width, config.n_embd)]
+        if config.connector != 'linear':
+            layers += [nn.GELU(), nn.Linear(config.n_embd, config.n_embd)]
+        self.net = nn.Sequential(*layers)
 
     def forward(self, x):
         return self.net(x)
@@ -732,12 +732,11 @@ class Vision(nn.Module):
         than token embeddings, training starts badly.
         """
         blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        image = Image.fromarray(blots).resize((224, 224), Image.Resampling.BICUBIC)
+        image = Image.fromarray(blots).resize((224, 224))
         emb, valid = self(*collate([preprocess(image, self.config)], self.config))
-        last = self.connector.net[-1]
         scale = rms / emb[valid].square().mean().sqrt()
-        last.weight.mul_(scale)
-        last.bias.mul_(scale)
+        for p in self.connector.net[-1].parameters():
+            p.mul_(scale)
 
 
 def group_parameters(model):
@@ -828,9 +827,9 @@ class QFormerPretraining(nn.Module):
             row = int(wrong.nonzero()[0])
             raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, but an example '
                              f'has {int(n_images[row])} images and a caption of {max(0, int(length[row]) - 1)} tokens')
-        order = torch.argsort((targets < 0).long(), dim=1, stable=True)  # brings the caption to the front
-        ids = targets.gather(1, order)[:, :self.config.block_size]
-        return F.pad(ids, (0, self.config.block_size - ids.shape[1]), value=-1)
+        order = torch.argsort(targets < 0, dim=1, stable=True)  # brings the caption to the front
+        extra = self.config.block_size - targets.shape[1]  # below 0, F.pad crops
+        return F.pad(targets.gather(1, order), (0, extra), value=-1)
 
     def forward(self, batch):
         """A batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs B}."""
@@ -852,7 +851,9 @@ class QFormerPretraining(nn.Module):
         B = len(ids)
         image = self.project_image(features, valid)                                      # (B, K, D)
         text = self.text_embeds(ids)                                                     # (B, D)
-        all_embeds, all_ids, rank_offset = torch.cat([image, text[:, None]], dim=1), ids, 0  # (A, K + 1, D), (A, block_size)
+        all_embeds = torch.cat([image, text[:, None]], dim=1)                        # (A, K + 1, D)
+        all_ids = ids                                                                # (A, block_size)
+        rank_offset = 0
         if self.training and dist.is_initialized():
             all_embeds = Gather.apply(all_embeds)
             all_ids = Gather.apply(ids)
@@ -863,7 +864,8 @@ class QFormerPretraining(nn.Module):
         scale = self.logit_scale.exp().clamp(max=100)
         to_text = scale * torch.einsum('bkd,ad->bak', image, all_embeds[:, -1]).amax(-1)  # (B, A)
         to_image = scale * torch.einsum('bd,akd->bak', text, all_embeds[:, :-1]).amax(-1)  # (B, A)
-        loss = sum(F.cross_entropy(s.float(), targets, label_smoothing=self.smoothing) for s in (to_text, to_image)) / 2
+        scores = torch.cat([to_text, to_image]).float()                              # (2 B, A)
+        loss = F.cross_entropy(scores, targets.repeat(2, 1), label_smoothing=self.smoothing)
         own = slice(rank_offset, rank_offset + B)
         return loss, to_text[:, own], to_image[:, own], same[:, own]
 

@@ -96,11 +96,11 @@ def quickstart():
 def report_generation(model, enc, examples, device, new_tokens=32):
     """Tokens per second after a batch of prompts, and after one."""
     prompts = [prepare_data.tokenize(e, enc, model.config, prompt_only=True) for e in examples]
-    for name, some_prompts in ((f'{len(prompts)} prompts at once', prompts), ('one prompt', prompts[:1])):
-        batch = to_device(prepare_data.collate(some_prompts, model.config), device)
+    for name, used in ((f'{len(prompts)} prompts at once', prompts), ('one prompt', prompts[:1])):
+        batch = to_device(prepare_data.collate(used, model.config), device)
         generate = lambda batch=batch: model.generate(batch['idx'], new_tokens, 0, images=batch['images'],
                                                       lengths=batch['lengths'])
-        report(f'generation, {name}', len(some_prompts) * new_tokens / median_seconds(generate, 5), 'tokens/s')
+        report(f'generation, {name}', len(used) * new_tokens / median_seconds(generate, 5), 'tokens/s')
 
 
 def report_drawing(config):

@@ -121,7 +121,8 @@ def test_images_are_read_out_of_tars_in_place(folder):
         number = int(row['text'].rpartition(' ')[2])
         assert row['references'] == [f'Image number {number}']
         assert abs(load_image(row['images'][0]).getpixel((0, 0))[0] - number) < 4
-    assert sorted(p.name for p in Path('data/cc').iterdir() if 'index' not in p.name) == ['skipped.jsonl', 'train.jsonl', 'val.jsonl']
+    written = sorted(p.name for p in Path('data/cc').iterdir() if 'index' not in p.name)
+    assert written == ['skipped.jsonl', 'train.jsonl', 'val.jsonl']
     assert [row['image'] for row in read('cc', 'skipped')] == ['cc3m-train-0001.tar/000000009.jpg']
     one = inside('prepare_data.py', 'cc3m', '--source=wds/cc3m-train-0000.tar', '--name=one', '--val_every=4')
     assert one.returncode == 0 and len(read('one', 'train') + read('one', 'val')) == 9, one.stderr

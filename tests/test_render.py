@@ -44,7 +44,7 @@ def test_fit_returns_the_largest_size_without_overflow(seed):
         ink_width, ink_height = ink_size(text, render.MIN_SIZE, width)
         assert ink_width > width or ink_height > height
         return
-    assert draw(text, width, height, size=size).size == (width, height)
+    assert draw(text, width, height, min_size=size, max_size=size).size == (width, height)
     assert layout(text, load_font('', size), width)[0] == lines
     ink_width, ink_height = ink_size(text, size, width)
     assert ink_width <= width and ink_height <= height
@@ -63,7 +63,7 @@ def test_no_ink_is_cut_off(seed):
         size, lines, _ = fit(text, width, height, max_size=40)
     except DoesNotFit:
         return
-    image = draw(text, width, height, size=size)
+    image = draw(text, width, height, min_size=size, max_size=size)
     canvas = Image.new('RGB', (2 * width + 400, 2 * height + 400), 'white')
     pitch = int(np.ceil(render.LEADING * size))
     for i, line in enumerate(lines):
@@ -103,7 +103,7 @@ def test_wrap_keeps_newlines_and_indentation():
     code = 'def f(x):\n    if x:\n\n        return 1'
     lines = wrap(code, load_font('', 14), 300)
     assert lines == ['def f(x):', '    if x:', '', '        return 1']
-    left = [find_ink(draw(line, 300, 20, size=14))[0] for line in lines if line]
+    left = [find_ink(draw(line, 300, 20, max_size=14))[0] for line in lines if line]
     assert left[0] < left[1] - 10 < left[2] - 20
 
 
@@ -129,8 +129,8 @@ def test_augmentation_is_seeded_and_keeps_the_text_visible():
 
 
 def test_position_moves_the_text_and_rotation_keeps_the_box():
-    first = find_ink(draw('x', 100, 60, size=12))
-    last = find_ink(draw('x', 100, 60, size=12, position=(1, 1)))
+    first = find_ink(draw('x', 100, 60, max_size=12))
+    last = find_ink(draw('x', 100, 60, max_size=12, position=(1, 1)))
     assert last[0] > first[0] + 60 and last[1] > first[1] + 30
     turned = draw('a line of text', 300, 60, rotate=3)
     assert turned.size == (300, 60)

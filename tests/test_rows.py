@@ -71,8 +71,10 @@ PARTS = [{'type': 'image'}, {'type': 'text', 'text': '\nWhat is it?'}]
      'images': ['a.png']},
     {'messages': [{'role': 'user', 'content': [{**part, 'text': part.get('text')} for part in PARTS]}, TURNS[1]],
      'images': ['a.png']},  # as parquet gives them: every part has every key
-    {'conversations': [{'from': 'human', 'value': '<image>\nWhat is it?'}, {'from': 'gpt', 'value': 'A cat.'}], 'image': 'a.png'},
-    {'conversations': [{'from': 'user', 'value': 'What is it?'}, {'from': 'assistant', 'value': 'A cat.'}], 'image': ['a.png']},
+    {'conversations': [{'from': 'human', 'value': '<image>\nWhat is it?'}, {'from': 'gpt', 'value': 'A cat.'}],
+     'image': 'a.png'},
+    {'conversations': [{'from': 'user', 'value': 'What is it?'}, {'from': 'assistant', 'value': 'A cat.'}],
+     'image': ['a.png']},
 ])
 def test_conversations_of_others_become_messages_and_images(row):
     assert to_example(row, '/data') == {'messages': TURNS, 'images': ['/data/a.png']}
@@ -89,7 +91,8 @@ def test_images_that_the_text_does_not_mention_come_first():
     assert to_example({'text': 'an <image> tag'}, '') == {'text': 'an <image> tag', 'images': []}
 
 
-@pytest.mark.parametrize('key', ['img', 'image_file', 'picture', 'photo', 'jpg', 'png', 'image_url', 'Image', 'image_0', 'photos'])
+@pytest.mark.parametrize('key', ['img', 'image_file', 'picture', 'photo', 'jpg', 'png', 'image_url', 'Image', 'image_0',
+                                 'photos'])
 @pytest.mark.parametrize('value', ['a.png', ['a.png'], {'bytes': None, 'path': 'a.png'}])
 def test_a_key_that_looks_like_an_image_is_refused_by_name(key, value):
     with pytest.raises(ValueError, match=f'the key "{key}" looks like an image'):
@@ -97,8 +100,8 @@ def test_a_key_that_looks_like_an_image_is_refused_by_name(key, value):
 
 
 @pytest.mark.parametrize('row', [
-    {'text': 'x', 'image': {'bytes': 'abc', 'path': None}}, {'text': 'x', 'images': [{'path': 'a.png'}]}, {'text': 'x', 'image': red()},
-    {'text': 'x', 'image': 'a.png', 'image_path': 'b.png'}])
+    {'text': 'x', 'image': {'bytes': 'abc', 'path': None}}, {'text': 'x', 'images': [{'path': 'a.png'}]},
+    {'text': 'x', 'image': red()}, {'text': 'x', 'image': 'a.png', 'image_path': 'b.png'}])
 def test_an_image_that_is_no_path_or_named_twice_is_refused(row):
     with pytest.raises(ValueError, match='looks like an image and is not understood'):
         to_example(row, '')
@@ -110,7 +113,8 @@ def test_numbers_captions_and_empty_values_are_no_images():
 
 
 @pytest.mark.parametrize('row, message', [
-    ({'txt': 'a'}, 'expected an object with "text" or "messages"'), ({'text': 3}, 'expected an object'), ([1], 'expected an object'),
+    ({'txt': 'a'}, 'expected an object with "text" or "messages"'), ({'text': 3}, 'expected an object'),
+    ([1], 'expected an object'),
     ({'messages': []}, 'expected an object'), ({'messages': [{'role': 'robot', 'content': 'x'}]}, 'expected a message by'),
     ({'messages': [{'role': 'user', 'content': None}]}, 'expected a message'), ({'messages': ['Hi']}, 'expected a message'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image', 'image': 'a.png'}]}]}, 'expected a message'),
@@ -247,7 +251,8 @@ def test_rows_travel_to_a_worker_without_their_index(tmp_path):
 
 def test_one_rule_holds_out_the_same_keys_everywhere(tmp_path):
     assert sum(is_held_out(f'{i}.jpg', 20) for i in range(20_000)) == pytest.approx(1000, rel=0.1)
-    rows = [{'text': f'Question {i}.', 'image': f'{i // 3}.jpg'} for i in range(600)] + [{'text': f'Text {i}'} for i in range(400)]
+    rows = [{'text': f'Question {i}.', 'image': f'{i // 3}.jpg'} for i in range(600)]
+    rows += [{'text': f'Text {i}'} for i in range(400)]
     sides = []
     for name, shuffled in (('a', rows), ('b', random.Random(0).sample(rows, 1000))):
         (tmp_path / name).mkdir()
@@ -432,15 +437,26 @@ def rotated_exif(n_bytes):
     return b'II*\x00\x08\x00\x00\x00' + struct.pack('<H', 2) + tags + b'\x00' * 4
 
 
+# found by trying random tags: Pillow decodes these images, and raises when it turns them upright
+EXIF_THAT_RAISES = [  # TypeError, struct.error
+    '49492a000800000002001201030001000000060000001a010100080000000800000000000000da1f334a7017250d3f603dc82ebd3b120b635e3ff56b1f0b',
+    '49492a0008000000030012010300010000000600000005a00b00030000000000000000010600000000009b9f99fa00000000ca03b8153b018a957448']
+
+
 def hostile_files():
     """{name: bytes} of what is found in the wild, and worse."""
     jpeg, png = image_bytes('red', 'JPEG', (300, 200)), image_bytes('red', 'PNG', (300, 200))
     huge = bytearray(png)
     huge[16:24] = struct.pack('>II', 60_000, 60_000)
-    files = {'whole.jpg': jpeg, 'whole.png': png, 'empty.jpg': b'', 'html.jpg': b'<html></html>', 'cut.jpg': jpeg[:len(jpeg) // 2],
-             'cut.png': png[:len(png) // 2], 'bomb.png': bytes(huge), 'exif_far.jpg': jpeg_with_exif(rotated_exif(2**31)),
-             'exif_cut.jpg': jpeg_with_exif(rotated_exif(8)[:20]), 'exif_text.jpg': jpeg_with_exif(b'not a TIFF header at all'),
-             'exif_zero.jpg': jpeg_with_exif(b'II*\x00' + b'\xff' * 40), 'fax.tif': b'II*\x00\x08\x00\x00\x00\xff\xff' + b'\x01' * 50}
+    files = {
+        'whole.jpg': jpeg, 'whole.png': png, 'empty.jpg': b'', 'html.jpg': b'<html></html>',
+        'cut.jpg': jpeg[:len(jpeg) // 2], 'cut.png': png[:len(png) // 2], 'bomb.png': bytes(huge),
+        'exif_far.jpg': jpeg_with_exif(rotated_exif(2**31)), 'exif_cut.jpg': jpeg_with_exif(rotated_exif(8)[:20]),
+        'exif_text.jpg': jpeg_with_exif(b'not a TIFF header at all'),
+        'exif_zero.jpg': jpeg_with_exif(b'II*\x00' + b'\xff' * 40),
+        'fax.tif': b'II*\x00\x08\x00\x00\x00\xff\xff' + b'\x01' * 50}
+    for i, exif in enumerate(EXIF_THAT_RAISES):
+        files[f'exif{i}.jpg'] = jpeg_with_exif(bytes.fromhex(exif))
     rng = random.Random(0)
     for source in ('whole.jpg', 'whole.png'):
         for i in range(30):  # a byte changed anywhere
@@ -472,7 +488,7 @@ def test_preparation_and_training_decide_the_same_on_hostile_files(tmp_path):
         reasons = {name: image_error(str(root / name)) for name in files}
         assert reasons == {name: decision(root / name) for name in files}
         assert reasons['whole.jpg'] == reasons['whole.png'] == ''
-        for name in ('empty.jpg', 'html.jpg', 'cut.jpg', 'cut.png', 'bomb.png'):
+        for name in ('empty.jpg', 'html.jpg', 'cut.jpg', 'cut.png', 'bomb.png', 'exif0.jpg', 'exif1.jpg'):
             assert reasons[name] == 'the image is broken', name
 
 
@@ -492,7 +508,8 @@ def test_whatever_pillow_raises_becomes_a_sentence(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # archives
 
-MEMBERS = {'a.png': image_bytes('red'), 'sub/b.png': image_bytes('blue'), 'naïve 日本.png': image_bytes('green'), 'c.txt': b'text'}
+MEMBERS = {'a.png': image_bytes('red'), 'sub/b.png': image_bytes('blue'), 'naïve 日本.png': image_bytes('green'),
+           'c.txt': b'text'}
 
 
 def write_archive(path, members, compression=zipfile.ZIP_STORED, prefix=''):
@@ -555,6 +572,8 @@ def test_damaged_archives_and_members_are_broken_images(tmp_path):
     for name in ('y.zip', 'y.tar', 'z.tar'):
         with pytest.raises(ValueError, match=f'{name} is broken or cut off'):
             load_image(f'{tmp_path}/{name}/a.png')
+    write_archive(tmp_path / 'empty.zip', {})
+    assert image_error(f'{tmp_path}/empty.zip/a.png') == 'the image is missing'
     write_archive(tmp_path / 'b.zip', MEMBERS, zipfile.ZIP_BZIP2)
     with pytest.raises(ValueError, match='compression method 12 of a .zip is not supported'):
         load_image(f'{tmp_path}/b.zip/a.png')

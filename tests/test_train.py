@@ -20,7 +20,7 @@ import model as model_module
 import train as train_script
 from configurator import configure
 from model import GPT, GPTConfig
-from prepare_data import get_tokenizer
+from prepare_data import get_tokenizer, open_rows
 
 
 def weights(out_dir):
@@ -200,8 +200,11 @@ def test_render_pretrain_runs_with_its_own_tokenizer(tmp_path):
         get_tokenizer(tokenizer)
     except ValueError as error:
         pytest.skip(str(error))
-    small = [word for word in SMALL_RECIPE if not word.startswith('--block_size')]
-    process = inside('train.py', ROOT / 'config' / 'render_pretrain.py', *small, '--eval_iters=8', f'--out_dir={tmp_path}')
+    texts = [row['text'] for row in open_rows('pydoc', 'train')]
+    long_texts = [{'text': '\n\n'.join(texts[i:i + 8])} for i in range(0, 160, 8)]  # longer than the recipe's spans
+    small = [word for word in SMALL_RECIPE if not word.startswith(('--block_size', '--dataset'))]
+    process = inside('train.py', ROOT / 'config' / 'render_pretrain.py', *small, write_rows(tmp_path, long_texts),
+                     '--eval_iters=8', f'--out_dir={tmp_path}')
     assert process.returncode == 0, process.stderr
     evals = [r['eval'] for r in read_log(tmp_path) if 'eval' in r]
     assert len(evals) == 2 and all({'R', 'R_shuffled', 'R_blank', 'text_loss'} <= set(result) for result in evals)
