@@ -391,7 +391,8 @@ def estimate_flops(model, batch):
             if p.dim() >= 2 and not name.endswith(tuple(lookups)):
                 total += 2 * p.numel() * tokens[part] * (1 + has_gradient + p.requires_grad)
     if hasattr(model, 'transformer'):
-        total += 12 * model.config.n_layer * model.config.n_embd * idx.shape[1] * tokens['gpt']
+        attn = model.transformer.h[0].attn
+        total += 12 * model.config.n_layer * attn.n_head * attn.head_dim * idx.shape[1] * tokens['gpt']
     return total
 
 
@@ -553,7 +554,7 @@ class Log:
     def rows_until(self, iter_num):
         """The lines of the steps before iter_num. The evaluation at iter_num itself is repeated."""
         kept = []
-        with open(self.path, encoding='utf-8') as f:
+        with open(self.path, encoding='utf-8', errors='replace') as f:
             for number, line in enumerate(f, 1):
                 if not line.endswith('\n'):  # the run was killed while it wrote this one
                     break

@@ -4,16 +4,19 @@ Speed and memory on this machine: not a test, a measurement. Medians of several 
     $ python tests/bench.py                      # the quickstart's model; the knobs of train.py change it: --batch_size=32
     $ python tests/bench.py features             # a frozen ViT-B-32 running in every step, and its features cached
     $ python tests/bench.py vlm                  # GPT-2 with CLIP, SmolLM2 with SigLIP: a step's time and memory by batch
+    $ python tests/bench.py rows 10000000        # a .jsonl of so many rows: time to open it, memory, rows in random order
 
 Encoders have random weights here: they cost what trained ones cost.
 """
 
+import json
 import os
 import random
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,8 +193,35 @@ def vlm_row(text_model, name, lora_rank, rows):
     print(f'{label:<32}{batch["idx"].shape[1] - 256:>14}{rows:>6}{seconds:>10.1f}{memory:>13.1f}', flush=True)
 
 
+def rows(count):
+    """A generated .jsonl of conversations with an image each; memory is the anonymous memory of this process."""
+    def memory():
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) for line in f if line.startswith('RssAnon')) / 1024
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'rows.jsonl')
+        with open(path, 'w') as f:
+            for i in range(int(count)):
+                question = {'role': 'user', 'content': f'<image>\nWhat is in image {i}?'}
+                messages = [question, {'role': 'assistant', 'content': 'A cat.'}]
+                print(json.dumps({'messages': messages, 'images': [f'images/{i:08d}.jpg']}), file=f)
+        report('file', os.path.getsize(path) / 1e6, 'MB')
+        before = memory()
+        for name in ('opened for the first time, every row checked', 'opened again'):
+            start = time.perf_counter()
+            dataset = prepare_data.FileRows(path)
+            report(name, time.perf_counter() - start, 's', digits=2)
+        examples = prepare_data.Examples(dataset, SimpleNamespace(tasks='ocr', augment=''), seed=0)
+        start = time.perf_counter()
+        for i in range(100_000):
+            examples[i]
+        report('rows in random order', 100_000 / (time.perf_counter() - start), 'rows/s')
+        report('memory that all this took', memory() - before, 'MiB')
+
+
 if __name__ == '__main__':
-    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row}
+    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:

@@ -339,7 +339,8 @@ def test_a_vit_that_was_trained_with_another_gpt_is_taken_over(run_dir, smollm, 
     assert names and all(torch.equal(theirs['model'][name], ours['model'][name]) for name in names)
     assert ours['model_args']['patch_width'] == theirs['model_args']['patch_width'] == 8
     assert train(tmp_path / 'text', '--vision_encoder=', '--tasks=text').returncode == 0
-    refused(train(tmp_path / 'b', *knobs, f'--vision_from={tmp_path}/text/ckpt.pt'), 'has no small ViT')
+    for source in (f'{tmp_path}/text/ckpt.pt', smollm):
+        refused(train(tmp_path / 'b', *knobs, f'--vision_from={source}'), 'has no small ViT')
 
 
 # -----------------------------------------------------------------------------
