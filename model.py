@@ -1,13 +1,13 @@
 """
-Full definition of a GPT that reads text and images, all of it in this single file but the vision encoder (vision.py).
-It is nanoGPT's model with nanoGPT's names, and these additions:
+Full definition of a GPT that reads text and images, all of it in this single file but the vision encoder
+(vision.py). It is nanoGPT's model with nanoGPT's names, and these additions:
 
-    embed       where an id of a sequence is <image>, an image embedding takes the place of the token embedding
+    embed       an image embedding takes the place of the token embedding of each <image> id
     positions   an image takes ONE position, however many tokens it has; text counts on after it
     generate    with a preallocated KV cache, for a batch of prompts of different lengths
     Linear      LoRA, on request
-    switches    the differences between GPT-2 and Llama or Qwen3: norm, position, mlp, n_kv_head, head_dim, qk_norm, ...
-    weights     `read_weights` reads any source, `load_weights` matches names and shapes and reports what was loaded
+    switches    what differs between GPT-2 and Llama or Qwen3: norm, position, mlp, n_kv_head, qk_norm, ...
+    weights     `read_weights` reads any source, `load_weights` matches names and shapes
     layouts     how Hugging Face stores GPT-2, Llama (SmolLM2), Qwen3 and BLIP-2's Q-Former
 
 To read it as nanoGPT's is read, stop at "weights": what follows is about files.
@@ -25,12 +25,15 @@ import math
 import os
 import pickle
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 
-from vision import QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint, group_parameters, is_pretrained
+from vision import (Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint,
+                    group_parameters)
 
 
 @dataclass
@@ -38,11 +41,11 @@ class GPTConfig(VisionConfig):
     n_layer: int = 12
     n_head: int = 12
     dropout: float = 0.0
-    bias: bool = True         # True: bias in Linears and LayerNorms, like GPT-2. False: a bit better and faster
-    # the switches between GPT-2, which the defaults are, and later models; in the comment the choice of Llama and Qwen3
+    bias: bool = True         # True: bias in Linears and LayerNorms, like GPT-2
+    # the switches between GPT-2 (the defaults) and later models; in the comments: Llama's and Qwen3's
     norm: str = 'layernorm'   # rmsnorm
     norm_eps: float = 1e-5
-    position: str = 'learned'  # rope: queries and keys are rotated by their position, without a table of positions
+    position: str = 'learned'  # rope: queries and keys are rotated by their position
     rope_theta: float = 10000.0  # the larger, the slower the slowest rotation: 100000 and more for long texts
     mlp: str = 'gelu'         # swiglu
     gelu_approximate: str = 'none'  # tanh: OpenAI's GPT-2 was trained with it; nanoGPT trains with none
@@ -50,11 +53,11 @@ class GPTConfig(VisionConfig):
     n_kv_head: int = 0        # heads of keys and values; 0: n_head, each query head has its own
     head_dim: int = 0         # width of a head; 0: n_embd / n_head. Qwen3-0.6B: twice that
     qk_norm: bool = False     # True in Qwen3: RMSNorm on each query and key
-    tie_weights: bool = True  # the token embeddings are the head's weights too; in large models each has its own
-    lora_rank: int = 0        # > 0: the GPT's weights are frozen, and an update of this rank of each Linear is trained
+    tie_weights: bool = True  # the token embeddings are the head's weights too
+    lora_rank: int = 0        # > 0: the GPT is frozen, and an update of this rank of each Linear is trained
     lora_alpha: float = 16.0  # the update is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.0
-    lora_scope: str = 'all'   # image: the update acts from a sequence's first image on, so that text alone stays the same
+    lora_scope: str = 'all'   # image: the update acts from a sequence's first image on
 
 
 def check_config(config):
@@ -62,8 +65,9 @@ def check_config(config):
     choices = {'norm': ('layernorm', 'rmsnorm'), 'position': ('learned', 'rope'), 'mlp': ('gelu', 'swiglu'),
                'lora_scope': ('all', 'image')}
     for key, allowed in choices.items():
-        if getattr(config, key) not in allowed:
-            raise ValueError(f'{key} must be {" or ".join(allowed)}, got {getattr(config, key)!r}')
+        value = getattr(config, key)
+        if value not in allowed:
+            raise ValueError(f'{key} must be {" or ".join(allowed)}, got {value!r}')
     if config.n_embd % config.n_head and not config.head_dim:
         raise ValueError(f'n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})')
     if config.n_head % (config.n_kv_head or config.n_head):
@@ -79,9 +83,8 @@ def check_config(config):
 
 class Linear(nn.Linear):
     """
-    nn.Linear, and with lora_rank r > 0 a low-rank update added to it: y = W x + alpha / r * B A x, of which only A (r, in)
-    and B (out, r) are trained. B starts at zero: the model starts as it was. `lora_mask` (B, T, 1), bool, is True at the
-    tokens at which the update acts; None for all.
+    nn.Linear, and with lora_rank r > 0 a low-rank update of it: y = W x + alpha / r * B A x, of which only
+    A (r, in) and B (out, r) are trained. B starts at zero: the model starts as it was.
     """
 
     def __init__(self, n_in, n_out, config):
@@ -111,7 +114,7 @@ class Linear(nn.Linear):
 
 
 def make_norm(ndim, config):
-    """LayerNorm with an optional bias, or RMSNorm: LayerNorm without mean and bias, https://arxiv.org/abs/1910.07467."""
+    """LayerNorm with an optional bias, or RMSNorm, https://arxiv.org/abs/1910.07467."""
     if config.norm == 'layernorm':
         return nn.LayerNorm(ndim, config.norm_eps, bias=config.bias)
     return nn.RMSNorm(ndim, config.norm_eps)
@@ -119,9 +122,9 @@ def make_norm(ndim, config):
 
 def apply_rope(x, cos, sin):
     """
-    RoPE, https://arxiv.org/abs/2104.09864. x (B, T, nh, hs): queries or keys. cos, sin (B, T, 1, hs / 2). The pair
-    (i, i + hs / 2) of each head is rotated by its angle, position * theta**(-2 i / hs): slow pairs tell far from near,
-    fast ones neighbors. The product of a query and a key then depends on the difference of their positions alone.
+    RoPE, https://arxiv.org/abs/2104.09864. x (B, T, nh, hs): queries or keys. cos, sin (B, T, 1, hs / 2).
+    The pair (i, i + hs / 2) of each head is rotated by position * theta**(-2 i / hs). The product of a
+    query and a key then depends on the difference of their positions alone.
     """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
@@ -132,28 +135,29 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # grouped-query attention, https://arxiv.org/abs/2305.13245: several query heads share a head of keys and values,
-        # and the KV cache shrinks as many times
+        # grouped-query attention, https://arxiv.org/abs/2305.13245: query heads share heads of keys and values
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_dim = config.head_dim or config.n_embd // config.n_head
         # key, query, value projections for all heads, but in a batch
         self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, config)
         self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, config)
-        # large models train more stably if queries and keys have unit length, https://arxiv.org/abs/2302.05442
-        self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        # queries and keys of unit length make training more stable, https://arxiv.org/abs/2302.05442
+        make_qk_norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = make_qk_norm(self.head_dim, config.norm_eps)
+        self.k_norm = make_qk_norm(self.head_dim, config.norm_eps)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
 
     def forward(self, x, rope=None, lora_mask=None, cache=None, cache_pos=None, mask=None):
         """
-        x (B, T, C); rope: (cos, sin) as in `apply_rope`, None for learned positions; lora_mask as in `Linear`. Without a
-        cache: causal attention over the T tokens. With a cache, a pair of (B, S, n_kv_head, hs) tensors: the keys and
-        values of these T tokens are written to its positions cache_pos (B, T), and the queries attend to those that
-        `mask`, bool and broadcastable to (B, 1, T, S), allows.
+        x (B, T, C); rope: (cos, sin) as in `apply_rope`, None for learned positions; lora_mask (B, T, 1),
+        bool: the tokens at which LoRA's updates act, None for all. Without a cache: causal attention over
+        the T tokens. With one, a pair of tensors (B, S, n_kv_head, hs): the keys and values of these T
+        tokens are written to its positions cache_pos (B, T), and the queries attend to those that `mask`
+        allows, bool, broadcastable to (B, 1, T, S).
         """
         B, T, _ = x.shape
-        heads = self.c_attn(x, lora_mask).view(B, T, -1, self.head_dim)                  # (B, T, nh + 2 n_kv_head, hs)
+        heads = self.c_attn(x, lora_mask).view(B, T, -1, self.head_dim)         # (B, T, nh + 2 n_kv_head, hs)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -164,11 +168,11 @@ class CausalSelfAttention(nn.Module):
                 stored[rows, cache_pos] = new.to(stored.dtype)
             k, v = cache
         q, k = q.to(v.dtype), k.to(v.dtype)  # under CUDA's autocast q_norm and k_norm return float32
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                                 # (B, nh or n_kv_head, T or S, hs)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # (B, nh or n_kv_head, T or S, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None,
                                            dropout_p=self.dropout if self.training else 0.0,
                                            enable_gqa=self.n_kv_head < self.n_head)
-        y = y.transpose(1, 2).flatten(2)                                                 # all heads concatenated
+        y = y.transpose(1, 2).flatten(2)                                        # all heads concatenated
         return self.resid_dropout(self.c_proj(y, lora_mask))
 
 
@@ -185,7 +189,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, lora_mask=None):
-        inner = self.c_fc(x, lora_mask)                                                  # (B, T, n_inner)
+        inner = self.c_fc(x, lora_mask)                                         # (B, T, n_inner)
         inner = F.silu(self.c_gate(x, lora_mask)) * inner if self.c_gate else self.gelu(inner)
         return self.dropout(self.c_proj(inner, lora_mask))
 
@@ -199,13 +203,17 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, lora_mask=None, cache=None, cache_pos=None, mask=None):
-        x = x + self.attn(self.ln_1(x), rope, lora_mask, cache, cache_pos, mask)
+    def forward(self, x, rope=None, lora_mask=None, *cache):
+        x = x + self.attn(self.ln_1(x), rope, lora_mask, *cache)
         return x + self.mlp(self.ln_2(x), lora_mask)
 
 
 # -----------------------------------------------------------------------------
 # the GPT
+
+class Transformer(Freezable, nn.ModuleDict):
+    """The layers of a GPT. While they are frozen they stay in eval mode: they cannot adapt to dropout."""
+
 
 class GPT(nn.Module):
 
@@ -219,7 +227,7 @@ class GPT(nn.Module):
         self.config = config
         self.base_model = None  # of LoRA: {'init_from', 'fingerprint'} of the model that it adapts
         with torch.device(device):
-            self.transformer = nn.ModuleDict(dict(
+            self.transformer = Transformer(dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.block_size, config.n_embd),
                 drop=nn.Dropout(config.dropout),
@@ -236,64 +244,55 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
-        # vision comes last and initializes itself, so that the same seed gives the same text model with and without it
+        # vision comes last: the same seed gives the same text model with and without it
         self.vision = Vision(config, load) if config.vision_encoder else None
 
     param_groups = group_parameters
 
     def _init_weights(self, module):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, mean=0.0, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-
-    def train(self, mode=True):
-        """nn.Module.train, but a frozen GPT stays in eval mode: it cannot adapt to dropout. So do the parts of vision."""
-        super().train(mode)
-        if not any(p.requires_grad for p in self.transformer.parameters()):
-            self.transformer.eval()
-        return self
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
     # -------------------------------------------------------------------------
     # a sequence with images in it
 
     def embed(self, idx, images=None):
         """
-        idx (B, T) int64, with <image> ids where image tokens stand and -1 where there is only padding.
-        images: (patches, grid) from vision.collate, all images of the batch in their order, row by row; None for none.
-        Returns x (B, T, C), the token and image embeddings, with position embeddings added if those are learned, and
-        the positions (B, T).
-        Raises ValueError if the numbers of <image> ids and image tokens differ, or block_size is exceeded.
+        idx (B, T) int64: <image> ids where image tokens stand, -1 where there is only padding. images:
+        (patches, grid) from vision.collate, all images of the batch in their order, row by row; None for
+        none. Returns embeddings x (B, T, C), with position embeddings added if those are learned, and the
+        positions (B, T). Raises ValueError if the numbers of <image> ids and image tokens differ, or
+        block_size is exceeded.
         """
         B, T = idx.shape
-        x = self.transformer.wte(idx.clamp(min=0))                                       # (B, T, C)
+        x = self.transformer.wte(idx.clamp(min=0))                              # (B, T, C)
         advances = idx >= 0  # whether a token advances the position                     # (B, T)
-        is_image = advances & (idx == self.config.image_token)                           # (B, T)
+        is_image = advances & (idx == self.config.image_token)                  # (B, T)
         n_embeds = 0
         if images is not None:
-            emb, valid = self.vision(*images)                                            # (N, L, C), (N, L)
+            emb, valid = self.vision(*images)                                   # (N, L, C), (N, L)
             N, L, C = emb.shape
             n_embeds = valid.sum()
-            # the j-th <image> id of the batch takes the j-th valid embedding; a stable sort brings those to the front
-            order = torch.argsort(~valid.flatten(), stable=True)                         # (N*L)
+            # the j-th <image> id of the batch takes the j-th valid embedding; the sort brings those to the front
+            order = torch.argsort(~valid.flatten(), stable=True)                # (N*L)
             j = (is_image.flatten().cumsum(0) - 1).clamp(0, N * L - 1).view(B, T)
-            source = order[j]                                                            # (B, T)
+            source = order[j]                                                   # (B, T)
             x = torch.where(is_image[..., None], emb.to(x.dtype).flatten(0, 1)[source], x)
             # only an image's first token advances the position
             advances = advances & (~is_image | (source % L == 0))
-        pos = (advances.cumsum(1) - 1).clamp(min=0)                                      # (B, T)
-        if not torch.compiler.is_compiling():  # reading values would break the graph; prepare_data.collate checks them too
+        pos = (advances.cumsum(1) - 1).clamp(min=0)                             # (B, T)
+        if not torch.compiler.is_compiling():  # reading values would break the graph
             if is_image.sum() != n_embeds:
                 raise ValueError(f'the sequence has {is_image.sum()} <image> ids, but the images make {n_embeds} tokens')
             if pos.max() >= self.config.block_size:
-                raise ValueError(f'a sequence takes {pos.max() + 1} positions, but block_size is {self.config.block_size}: '
-                                 'shorten it or train with a larger block_size')
+                raise ValueError(f'a sequence takes {pos.max() + 1} positions, but block_size is '
+                                 f'{self.config.block_size}: shorten it or train with a larger block_size')
         return self.add_position_embedding(x, pos), pos
 
     def add_position_embedding(self, x, pos):
-        """Embeddings (..., C) at positions (...), if those are learned. RoPE acts in the attention of each layer."""
+        """Embeddings (..., C) at positions (...), if those are learned: RoPE acts in the attention."""
         if 'wpe' in self.transformer:
             x = x + self.transformer.wpe(pos)
         return self.transformer.drop(x)
@@ -303,27 +302,30 @@ class GPT(nn.Module):
         if self.config.position == 'learned':
             return None
         head_dim = self.transformer.h[0].attn.head_dim
-        exponent = torch.arange(0, head_dim, 2, device=pos.device) / head_dim            # (hs / 2)
+        exponent = torch.arange(0, head_dim, 2, device=pos.device) / head_dim   # (hs / 2)
         speed = 1 / self.config.rope_theta ** exponent  # rounded as Hugging Face rounds it
-        angles = pos[..., None, None] * speed                                            # (B, T, 1, hs / 2) radians
+        angles = pos[..., None, None] * speed                                   # (B, T, 1, hs / 2) radians
         return angles.cos(), angles.sin()
 
     def lora_mask(self, idx):
         """
-        Where LoRA's updates act, (B, T, 1), None for everywhere. With lora_scope 'image', from the first image on: this is
-        how Phi-4 Multimodal keeps its language, https://arxiv.org/abs/2503.01743.
+        Where LoRA's updates act, (B, T, 1), None for everywhere. lora_scope 'image': from the first image
+        on, which is how Phi-4 Multimodal keeps its language, https://arxiv.org/abs/2503.01743.
         """
-        if not self.config.lora_rank or self.config.lora_scope == 'all':
+        if self.config.lora_scope == 'all':
             return None
         return (idx == self.config.image_token).cumsum(1)[..., None] > 0
 
     def hidden(self, idx, images=None):
         """The input of the head, (B, T, C); idx and images as in `embed`."""
         x, pos = self.embed(idx, images)
+        return self.run_blocks(x, pos, self.lora_mask(idx))
+
+    def run_blocks(self, x, pos, lora_mask, caches=None, cache_pos=None, mask=None):
+        """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one a layer, as in the attention."""
         rope = self.rope(pos)
-        lora_mask = self.lora_mask(idx)
-        for block in self.transformer.h:
-            x = block(x, rope, lora_mask)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rope, lora_mask, None if caches is None else caches[i], cache_pos, mask)
         return self.transformer.ln_f(x)
 
     def logits(self, idx, images=None):
@@ -332,13 +334,14 @@ class GPT(nn.Module):
 
     def forward(self, batch):
         """
-        A batch of prepare_data.collate: idx, targets (B, T) int64, -1 in idx for padding and in targets where nothing is in
-        the loss; images as in `embed`. Returns {'lm': cross entropy in nats, summed over the targets}.
+        A batch of prepare_data.collate: idx, targets (B, T) int64, -1 for padding, and in targets where
+        nothing is in the loss; images as in `embed`. Returns {'lm': cross entropy in nats, summed over the
+        targets}.
         """
-        x = self.hidden(batch['idx'], batch['images']).flatten(0, 1)                     # (B * T, C)
-        targets = batch['targets'].flatten()                                             # (B * T)
+        x = self.hidden(batch['idx'], batch['images']).flatten(0, 1)            # (B * T, C)
+        targets = batch['targets'].flatten()                                    # (B * T)
         if not torch.compiler.is_compiling():  # a graph cannot depend on the number of targets
-            x, targets = x[targets >= 0], targets[targets >= 0]  # the head is the largest product, the targets are few
+            x, targets = x[targets >= 0], targets[targets >= 0]  # few, and the head is large
         return {'lm': F.cross_entropy(self.lm_head(x), targets, ignore_index=-1, reduction='sum')}
 
     def loss_weight(self, batch):
@@ -352,81 +355,78 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
                  stop_ids=(), allowed=None, generator=None, return_logprobs=False):
         """
-        Continues each row of idx (B, T) by up to max_new_tokens tokens; the images are encoded once. As in nanoGPT,
-        the model should be in eval mode.
+        Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode,
+        as in nanoGPT.
 
-        temperature, top_k, top_p   as in `sample_token`; generator: a torch.Generator for temperature > 0
-        images       as in `embed`
-        lengths      (B,) prompt lengths; row b is idx[b, :lengths[b]], whatever padding follows. None: all are T
-        stop_ids     a row that has generated one of these ids is finished, and filled up with the first of them
+        images       as in `embed`; they are encoded once
+        lengths      (B,) prompt lengths: row b is idx[b, :lengths[b]]. None: all are T
+        stop_ids     a row that has generated one of them is finished, and filled up with the first of them
         allowed      bool (vocab_size,): ids that may be generated (Tokenizer.allowed_ids)
+        temperature, top_k, top_p   as in `sample_token`; generator: a torch.Generator for temperature > 0
 
-        Returns (B, T') int64: each row its prompt, its continuation, then padding (0 without stop_ids). A row is
-        also finished when its block_size positions are used up. With return_logprobs returns (tokens,
-        log-probabilities (B, T')): the model's own, in nats and before temperature, top_k and top_p; 0 where
-        nothing was generated. Raises ValueError if a prompt alone needs more positions than block_size.
+        Returns (B, T') int64: each row its prompt, its continuation, then padding (0 without stop_ids). A
+        row also ends with its block_size positions. With return_logprobs also (B, T') log-probabilities:
+        the model's own, in nats, before temperature, top_k and top_p; 0 where nothing was generated. Raises
+        ValueError if a prompt alone needs more positions than block_size.
         """
         B, T = idx.shape
         device = idx.device
-        lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
-        prompt_mask = torch.arange(T, device=device) < lengths[:, None]                  # (B, T)
+        if lengths is None:
+            lengths = torch.full((B,), T, device=device)
+        prompt_mask = torch.arange(T, device=device) < lengths[:, None]         # (B, T)
         idx = idx.masked_fill(~prompt_mask, -1)
-        x, pos = self.embed(idx, images)                                                 # (B, T, C), (B, T)
-        rope = self.rope(pos)
+        x, pos = self.embed(idx, images)                                        # (B, T, C), (B, T)
         lora_mask = self.lora_mask(idx)
         stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
         pad_id = int(stop_ids[0]) if len(stop_ids) else 0
         rows = torch.arange(B, device=device)
-        pos = pos[rows, lengths - 1]                                                     # (B,) of the last token
-        positions_left = self.config.block_size - 1 - pos                                # (B,)
+        last = lengths - 1  # where each row's last token is in x
+        positions_left = self.config.block_size - 1 - pos[rows, last]           # (B,) after the prompt
         steps = min(max_new_tokens, int(positions_left.max()))
         S = T + steps
-        cache = self.empty_cache(B, S)
+        caches = self.empty_cache(B, S)
         cache_pos = torch.arange(T, device=device).expand(B, T)
-        out = F.pad(idx.masked_fill(~prompt_mask, pad_id), (0, steps), value=pad_id)     # (B, S)
+        out = F.pad(idx.masked_fill(~prompt_mask, pad_id), (0, steps), value=pad_id)  # (B, S)
         logprobs = torch.zeros((B, S), device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
         end = T
         for step in range(steps):
-            mask = torch.arange(S, device=device) <= cache_pos[:, None, :, None]         # (B, 1, T or 1, S)
-            for block, kv in zip(self.transformer.h, cache):
-                x = block(x, rope, lora_mask, kv, cache_pos, mask)
-            last = x[rows, lengths - 1] if step == 0 else x[:, 0]                        # (B, C)
-            logits = self.next_logits(last, allowed)                                     # (B, vocab_size)
-            new = sample_token(logits, temperature, top_k, top_p, generator)             # (B,)
+            mask = torch.arange(S, device=device) <= cache_pos[:, None, :, None]  # (B, 1, T or 1, S)
+            x = self.run_blocks(x, pos, lora_mask, caches, cache_pos, mask)     # (B, T or 1, C)
+            logits = self.next_logits(x[rows, last], allowed)                   # (B, vocab_size)
+            new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
             done = done | (step >= positions_left)
+            column = lengths + step                                             # (B,) of the new tokens
             if return_logprobs:
-                logprobs[rows, lengths + step] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
+                logprobs[rows, column] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = new.masked_fill(done, pad_id)
-            out[rows, lengths + step] = new
-            end = int(lengths.max()) + step + 1
+            out[rows, column] = new
+            end = int(column.max()) + 1
             done = done | torch.isin(new, stop_ids)
             if done.all():
                 break
             # the new token is the next query: it comes after its own row's text, at the next position
-            cache_pos = (lengths + step)[:, None]                                        # (B, 1)
-            lora_mask = None if lora_mask is None else lora_mask[:, -1:]                 # (B, 1, 1)
-            pos = (pos + 1).clamp(max=self.config.block_size - 1)
-            rope = self.rope(pos[:, None])
-            x = self.add_position_embedding(self.transformer.wte(new), pos)[:, None]     # (B, 1, C)
+            cache_pos = column[:, None]                                         # (B, 1)
+            lora_mask = None if lora_mask is None else lora_mask[:, -1:]        # (B, 1, 1)
+            pos = (pos[rows, last, None] + 1).clamp(max=self.config.block_size - 1)  # (B, 1)
+            x = self.add_position_embedding(self.transformer.wte(new[:, None]), pos)  # (B, 1, C)
+            last = 0
         return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
 
     def next_logits(self, x, allowed):
-        """The last layer's output (B, C) -> logits (B, vocab_size) in float32, -inf for what must not be generated."""
-        logits = self.lm_head(self.transformer.ln_f(x)).float()
+        """The head's input (B, C) -> float32 logits (B, vocab_size), -inf for what must not be generated."""
+        logits = self.lm_head(x).float()
         if self.config.image_token >= 0:
             logits[:, self.config.image_token] = -math.inf  # it stands for pixels, and there are none
         return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
 
     def empty_cache(self, batch_size, length):
-        """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer."""
-        weight, attn = self.lm_head.weight, self.transformer.h[0].attn
-        device_type = weight.device.type
-        autocasts = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocasts else weight.dtype
-        shape = (batch_size, length, attn.n_kv_head, attn.head_dim)
-        return [tuple(torch.zeros(shape, dtype=dtype, device=weight.device) for _ in range(2))
-                for _ in range(self.config.n_layer)]
+        """Keys and values of each layer, (n_layer, 2, B, S, n_kv_head, hs)."""
+        weight = self.lm_head.weight
+        attn = self.transformer.h[0].attn
+        shape = (self.config.n_layer, 2, batch_size, length, attn.n_kv_head, attn.head_dim)
+        dtype = self.lm_head(weight[:1]).dtype  # under autocast not that of the weights
+        return torch.zeros(shape, dtype=dtype, device=weight.device)
 
     # -------------------------------------------------------------------------
     # surgery
@@ -434,9 +434,9 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """
-        A GPT-2, Llama or Qwen3: 'gpt2' to 'gpt2-xl', 'HuggingFaceTB/SmolLM2-135M-Instruct', 'Qwen/Qwen3-0.6B' from the
-        Hugging Face hub (or its cache), or a local folder with config.json and model.safetensors, or its shards. The
-        weights stay in the file's own dtype, memory-mapped; .float() makes them what a CPU computes with.
+        A GPT-2, Llama or Qwen3 of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B'), or of a
+        local folder with config.json and model.safetensors. Its weights keep the file's dtype,
+        memory-mapped; .float() is for a CPU.
         """
         return load_model(name, **overrides)
 
@@ -445,9 +445,8 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f'block_size can be cropped, not grown: {self.config.block_size} to {block_size}')
         self.config = replace(self.config, block_size=block_size)
-        if self.config.position == 'learned':
-            weight = self.transformer.wpe.weight[:block_size].detach()
-            self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
+        if 'wpe' in self.transformer:
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
 
     def match_rms(self):
         """Gives new image embeddings the RMS of the GPT's token embeddings."""
@@ -480,7 +479,7 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     probs = F.softmax(logits, dim=-1)
     if top_p and top_p < 1:  # nucleus sampling, https://arxiv.org/abs/1904.09751
         ranked, order = probs.sort(dim=-1, descending=True)
-        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)  # keeps the one that reaches top_p
+        ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0)
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
@@ -495,45 +494,47 @@ def load_model(source, **overrides):
 
 def read_weights(source):
     """
-    Any source of weights as one dict, that of nanoGPT's checkpoints:
+    Any source of weights as one dict, that of nanoGPT's checkpoints. source: a ckpt.pt of nanoGPT or
+    train.py, the glimpse.safetensors of an export, a GPT-2, Llama, Qwen3 or BLIP-2 of Hugging Face, by hub
+    name or folder.
 
         model, model_args   {name: tensor} by our names, {field of GPTConfig: value}
         config              knobs of the run that made it; its 'tokenizer' names the tokenizer
-        base_model          None, or of LoRA updates {'init_from', 'fingerprint'} of the model they adapt, which is in `model`
+        base_model          None, or {'init_from', 'fingerprint'} of the model that LoRA's updates adapt
         vision_fingerprint  of a pretrained encoder whose weights are not in `model`, but published
         and whatever else a checkpoint of train.py holds
 
-    source: a ckpt.pt of nanoGPT or train.py, the glimpse.safetensors of an export, or a GPT-2, Llama, Qwen3 or BLIP-2 in
-    Hugging Face's layout, by hub name or folder. Raises ValueError in one sentence for what is none of these.
+    Raises ValueError in one sentence for what is none of these.
     """
     source = str(source)
     if is_published(source):
-        return read_published(source)
-    checkpoint = read_export(source) if source.endswith('.safetensors') else read_checkpoint(source)
+        checkpoint = read_published(source)
+    elif source.endswith('.safetensors'):
+        checkpoint = read_export(source)
+    else:
+        checkpoint = read_checkpoint(source)
     unknown = sorted(set(checkpoint['model_args']) - {f.name for f in fields(GPTConfig)})
     if unknown:
         raise ValueError(f'{source}: model_args has {", ".join(unknown)}, which this GPT does not know')
     checkpoint['model'] = {strip_prefixes(name): p for name, p in checkpoint['model'].items()}
     base_model = checkpoint.get('base_model')
     if base_model:
-        checkpoint['model'] = {**read_base_model(source, base_model, checkpoint['model_args']), **checkpoint['model']}
+        base_state = read_base_model(source, base_model, checkpoint['model_args'])
+        checkpoint['model'] = {**base_state, **checkpoint['model']}
     return {'config': {}, 'base_model': None, 'vision_fingerprint': '', **checkpoint}
 
 
 def read_checkpoint(path):
-    """
-    The dict in a .pt file, on the CPU. weights_only: a checkpoint is data, and a file that wants to run code when it is
-    opened is refused.
-    """
+    """The dict in a .pt file, on the CPU. weights_only: what wants to run code when opened is refused."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise ValueError(f'no checkpoint at {path}: train one first, or name another with --out_dir') from None
     except pickle.UnpicklingError as error:
-        raise ValueError(f'{path} is refused: it is damaged, or holds more than tensors and plain values and could run '
-                         'code when opened; expected a ckpt.pt written by train.py') from error
+        raise ValueError(f'{path} is refused: it is damaged, or holds more than tensors and plain values and '
+                         'could run code when opened; expected a ckpt.pt written by train.py') from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).partition('\n')[0] or type(error).__name__
         raise ValueError(f'{path} cannot be read as a checkpoint; it may have been cut off: {reason}') from error
     if not isinstance(checkpoint, dict) or not {'model', 'model_args'} <= set(checkpoint):
         raise ValueError(f'{path} is no glimpse or nanoGPT checkpoint: it has no "model" and "model_args"')
@@ -542,11 +543,9 @@ def read_checkpoint(path):
 
 def read_export(path):
     """The dict in a glimpse.safetensors that sample.py --export has written."""
-    from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, 'pt') as f:
-            checkpoint = json.loads((f.metadata() or {})['glimpse'])
-            state = {name: f.get_tensor(name) for name in f.keys()}
+        state, metadata = read_safetensors(path)
+        checkpoint = json.loads(metadata['glimpse'])
     except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f'{path} cannot be read as a model that sample.py --export has written: {error}') from error
     if checkpoint['model_args']['tie_weights']:
@@ -555,7 +554,7 @@ def read_export(path):
 
 
 def read_base_model(path, base_model, args):
-    """The tensors of the model that the LoRA updates in `path` adapt, with as many rows as the model with them has."""
+    """The model that the LoRA updates in `path` adapt, with as many rows as the model with them has."""
     try:
         state = read_weights(base_model['init_from'])['model']
     except ValueError as error:
@@ -568,109 +567,105 @@ def read_base_model(path, base_model, args):
 
 def build_model(checkpoint, source, **overrides):
     """
-    The GPT, or QFormerPretraining, of a dict of `read_weights`. Overrides are fields of GPTConfig: dropout, block_size, a
-    larger vocab_size, the vision fields, which add vision to a text-only model, and lora_rank: LoRA's updates are added,
-    or merged by lora_rank=0. The tensors of the dict become the model's own, without a copy; model.load_report is the
-    table of what was loaded. Raises ValueError, with the list, if names or shapes do not fit.
+    The GPT, or QFormerPretraining, of a dict of `read_weights`, with some fields of its GPTConfig changed:
+    a larger vocab_size, vision fields, which add vision to a text-only model, lora_rank, which adds LoRA's
+    updates, or merges them if it is 0, ... The tensors become the model's own, without a copy;
+    model.load_report is the table of what was loaded. Raises ValueError, with the list, if names or shapes
+    do not fit.
     """
     state, args = checkpoint['model'], checkpoint['model_args']
     config = complete_config(GPTConfig(**{**args, **overrides}))
-    has_lora = any('.lora_' in name for name in state)
-    merges = has_lora and not config.lora_rank
-    if has_lora:
+    old_rank = args.get('lora_rank', 0)
+    merges_lora = old_rank and not config.lora_rank
+    if old_rank:
         check_lora(config, args, source)
-        config = replace(config, lora_rank=args['lora_rank'])
-    has_vision = any(name.startswith('vision.') for name in state)
-    has_encoder = any(name.startswith('vision.encoder.') for name in state)
-    if config.objective == 'lm' and not any(name.startswith('transformer.') for name in state):
+        config = replace(config, lora_rank=old_rank)
+    has = lambda part: any(part in name for name in state)
+    is_gpt = config.objective == 'lm'
+    if is_gpt and not has('transformer.h.'):
         raise ValueError(f'{source} holds no GPT: --vision_from={source} takes over its Q-Former')
-    model = new_model(config, load=not has_encoder, device='meta')
+    model = new_model(config, load=not has('vision.encoder.'), device='meta')
     expected = checkpoint['vision_fingerprint']
     if expected and model.vision.encoder.fingerprint != expected:
-        raise ValueError(f'{config.vision_encoder}: these are not the weights that the model was trained with (fingerprint '
-                         f'{model.vision.encoder.fingerprint}, expected {expected})')
-    may_lack = [] if has_lora else ['.lora_']
-    if not has_vision and config.objective == 'lm':
-        may_lack.append('vision.')
-    elif is_pretrained(config) and not has_encoder:
-        may_lack.append('vision.encoder.')
-    model.load_report = load_weights(model, state, source, args, may_lack)
+        raise ValueError(f'{config.vision_encoder}: these are not the weights that the model was trained with '
+                         f'(fingerprint {model.vision.encoder.fingerprint}, expected {expected})')
+    adds_vision = is_gpt and config.vision_encoder and not has('vision.')
+    # what the checkpoint has nothing of is new, or published
+    optional = [part for part in ('.lora_', 'vision.', 'vision.encoder.tower.') if not has(part)]
+    model.load_report = load_weights(model, state, source, args, optional)
     model.base_model = checkpoint['base_model']
-    if config.lora_rank and not has_lora:
+    if config.lora_rank and not old_rank:
         model.base_model = {'init_from': source, 'fingerprint': fingerprint(state)}
-    if config.vision_encoder and not has_vision and config.objective == 'lm':
+    if adds_vision:
         model.match_rms()
-    if merges:
+    if merges_lora:
         model.merge_lora()
     return model
 
 
 def new_model(config, load=True, device='cpu'):
-    """The GPT with random weights, or what config.objective trains without one; load and device as for GPT."""
+    """The GPT with random weights, or what config.objective trains without one."""
     if config.objective != 'lm':
         return QFormerPretraining(config, load)
     return GPT(config, load, device)
 
 
 def check_lora(config, args, source):
-    """Raises ValueError if the LoRA updates of a checkpoint cannot be continued or merged as the config says."""
+    """Raises ValueError if a checkpoint's LoRA updates cannot be continued or merged as the config says."""
     rank = args['lora_rank']
     if config.lora_rank not in (0, rank):
-        raise ValueError(f'{source} has LoRA updates of rank {rank}: continue with that lora_rank, or with lora_rank=0, '
-                         f'which merges them, but not with {config.lora_rank}')
+        raise ValueError(f'{source} has LoRA updates of rank {rank}: continue with that lora_rank, or merge them by '
+                         f'lora_rank=0; {config.lora_rank} is neither')
     if not config.lora_rank and args.get('lora_scope') == 'image':
-        raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: continue with '
-                         f'lora_rank={rank}')
+        raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: '
+                         f'continue with lora_rank={rank}')
 
 
 # tables whose rows may be more or fewer than a checkpoint's, and the field that counts them
-RESIZABLE = {'transformer.wte.weight': 'vocab_size', 'lm_head.weight': 'vocab_size', 'transformer.wpe.weight': 'block_size'}
+RESIZABLE = {'transformer.wte.weight': 'vocab_size', 'lm_head.weight': 'vocab_size',
+             'transformer.wpe.weight': 'block_size'}
 
 
 @torch.no_grad()
-def load_weights(model, state, source, args=None, may_lack=(), only='', optional=()):
+def load_weights(model, state, source, args=(), optional=(), only=''):
     """
-    strict=False, made safe: every tensor of the model whose name starts with `only` must be in `state`, and every tensor of
-    `state` in the model, in its shape, except
+    strict=False, made safe: every tensor of the model whose name starts with `only` must be in `state`, and
+    every tensor of `state` in the model, in its shape, except
 
-        may_lack  parts of names that `state` need not have: new parts of the model, or weights that are published
-        optional  parts of names that are left out where the other side lacks them or has another shape
-        further or fewer rows of RESIZABLE tables; `args` says how many `state` has. The old rows stay as they are, so
-        the logits of text do not change by a bit
+        optional  parts of names: such a tensor may be absent from one side, or have another shape there
+        args      model_args of `state`: its RESIZABLE tables may have more or fewer rows than the model's. Old
+                  rows stay as they are, so the logits of text do not change by a bit
 
-    Returns the table of what was loaded, grown and new. Raises ValueError with the list of all that is missing,
-    unexpected or of another shape.
+    Returns the table of what was loaded, grown and new. Raises ValueError with the list of what does not
+    fit.
     """
     own = {name: p for name, p in model.state_dict().items() if name.startswith(only)}
     is_optional = lambda name: any(part in name for part in optional)
-    loaded, table = {}, {}
     wrong = [f'unexpected {name}' for name in state if name not in own and not is_optional(name)]
     wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
     if model.config.tie_weights and wte is not None and head is not None and not torch.equal(wte, head):
         wrong.append('lm_head.weight is not tied to transformer.wte.weight')
+    loaded, table = {}, {}
     for name, p in own.items():
-        group = 'LoRA' if '.lora_' in name else '.'.join(name.split('.')[:2])
-        action, note, old = 'loaded', '', state.get(name)
-        if old is not None and args and name in RESIZABLE and old.shape == (args[RESIZABLE[name]], p.shape[1]):
-            if len(old) != len(p):
-                action = 'grown' if len(old) < len(p) else 'cropped'
-                note = f'{len(old)} -> {len(p)} rows'
-            if action == 'cropped' and RESIZABLE[name] == 'vocab_size':
+        action, note = 'loaded', ''
+        old = state.get(name)
+        rows = RESIZABLE.get(name)
+        if old is not None and rows in args and len(old) == args[rows] != len(p):
+            action = 'grown' if len(old) < len(p) else 'cropped'
+            note = f'{len(old)} -> {len(p)} rows'
+            if action == 'cropped' and rows == 'vocab_size':
                 wrong.append(f'{name} has {note}: a vocabulary does not shrink')
             old = resize_embedding(old, len(p))
         if old is not None and old.shape == p.shape:
             loaded[name] = old
         elif is_optional(name):
-            action = 'new'
-        elif old is not None:
-            wrong.append(f'{name} is {tuple(old.shape)}, not {tuple(p.shape)}')
-        elif any(part in name for part in may_lack):
-            is_published_encoder = name.startswith('vision.encoder.') and is_pretrained(model.config)
-            action = 'published' if is_published_encoder else 'new'
-        else:
+            action = 'published' if name.startswith('vision.encoder.tower.') else 'new'
+        elif old is None:
             wrong.append(f'missing {name}')
-        count, size, _ = table.get((action, group), (0, 0, ''))
-        table[action, group] = count + 1, size + p.numel(), note
+        else:
+            wrong.append(f'{name} is {tuple(old.shape)}, not {tuple(p.shape)}')
+        group = 'LoRA' if '.lora_' in name else '.'.join(name.split('.')[:2])
+        table.setdefault((action, group, note), []).append(p.numel())
     if wrong or not loaded:
         raise ValueError(f'{source} does not hold the weights that its configuration asks for: ' + '; '.join(wrong))
     model.load_state_dict(loaded, strict=False, assign=True)  # strict=True is what has been done above
@@ -678,14 +673,14 @@ def load_weights(model, state, source, args=None, may_lack=(), only='', optional
         model.vision.encoder.fingerprint = ''
     if model.config.objective == 'lm' and model.config.tie_weights:
         model.transformer.wte.weight = model.lm_head.weight
-    return '\n'.join(f'{action:<9} {group:<18} {count:>4} tensors {size / 1e6:>9.2f}M  {note}'.rstrip()
-                     for (action, group), (count, size, note) in table.items())
+    return '\n'.join(f'{action:<9} {group:<18} {len(sizes):>4} tensors {sum(sizes) / 1e6:>9.2f}M  {note}'.rstrip()
+                     for (action, group, note), sizes in table.items())
 
 
 def resize_embedding(table, rows):
     """
-    The first rows of a table; or all of them, then new ones: the mean of the old ones with a little noise, always the
-    same. A new token is then as likely as an average one, that is, hardly at all
+    The first rows of a table; or all of them, then new ones: the mean of the old with a little noise,
+    always the same. A new token is then hardly likely
     (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     noise = torch.randn(max(0, rows - len(table)), table.shape[1], generator=torch.Generator().manual_seed(0))
@@ -695,8 +690,8 @@ def resize_embedding(table, rows):
 
 def checkpoint_state(model):
     """
-    The tensors that a checkpoint has to hold: not those of a frozen pretrained encoder, which its name and fingerprint
-    bring back, and in a LoRA run not those of the model it adapts, whose name and fingerprint are in base_model.
+    The tensors that a checkpoint has to hold: not those that a name and a fingerprint bring back, of a
+    frozen pretrained encoder, and in a LoRA run of the model that it adapts.
     """
     return {name: p for name, p in model.state_dict().items()
             if not (name.startswith('vision.encoder.') and published_fingerprint(model))
@@ -721,8 +716,8 @@ QFORMER_TEXT = ('.wte.', '.wpe.', '.text_mlp.')
 
 def vision_of(checkpoint, source, connector):
     """
-    What a model with this connector takes over from another one's encoder and Q-Former: ({field of GPTConfig: value},
-    {name: tensor}). BLIP-2's own gives its Q-Former. Raises ValueError if there is nothing to take over.
+    What a model with this connector takes over of another one's encoder and Q-Former: ({field of GPTConfig:
+    value}, {name: tensor}). BLIP-2 gives its Q-Former. Raises ValueError if there is nothing to take over.
     """
     args = vars(GPTConfig(**checkpoint['model_args']))
     prefixes = ('vision.encoder.', 'vision.qformer.') if connector == 'qformer' else ('vision.encoder.',)
@@ -731,26 +726,19 @@ def vision_of(checkpoint, source, connector):
     if any(name.startswith('vision.qformer.') for name in state):
         names += QFORMER_FIELDS
     elif args['vision_encoder'] != 'vit':
-        hint = ', and for its Q-Former this run must have --connector=qformer' if args['connector'] == 'qformer' else ''
-        raise ValueError(f'vision_from={source} has no small ViT to take over{hint}')
+        raise ValueError(f'vision_from={source} has no small ViT to take over; a Q-Former needs --connector=qformer')
     return {name: args[name] for name in names}, state
 
 
 def load_vision_from(model, state, source):
-    """Loads the tensors of `vision_of` into a model; the connector stays as it is. Returns the table of what was loaded."""
-    tables = []
-    for prefix in ('vision.encoder.', 'vision.qformer.'):
-        part = {name: p for name, p in state.items() if name.startswith(prefix)}
-        if part:
-            tables.append(load_weights(model, part, source, only=prefix, optional=QFORMER_TEXT))
-    return '\n'.join(tables)
+    """Loads the tensors of `vision_of` into a model. Returns the table of what was loaded."""
+    parts = tuple({'.'.join(name.split('.')[:2]) for name in state})  # vision.encoder, vision.qformer
+    return load_weights(model, state, source, only=parts, optional=QFORMER_TEXT)
 
 
 def strip_prefixes(name):
-    """Removes what torch.compile, DDP and Hugging Face put in front of names."""
-    for prefix in ('module.', '_orig_mod.', 'module.'):
-        name = name.removeprefix(prefix)
-    return name
+    """Removes what torch.compile and DDP put in front of names."""
+    return name.removeprefix('module.').removeprefix('_orig_mod.').removeprefix('module.')
 
 
 # -----------------------------------------------------------------------------
@@ -758,6 +746,21 @@ def strip_prefixes(name):
 
 GPT2 = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
         'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
+
+# fields of GPTConfig and their names in config.json
+GPT2_FIELDS = {'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd', 'block_size': 'n_positions',
+               'vocab_size': 'vocab_size', 'n_inner': 'n_inner', 'norm_eps': 'layer_norm_epsilon',
+               'tie_weights': 'tie_word_embeddings'}
+LLAMA_FIELDS = {'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads', 'n_embd': 'hidden_size',
+                'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size', 'n_inner': 'intermediate_size',
+                'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings', 'n_kv_head': 'num_key_value_heads',
+                'head_dim': 'head_dim', 'rope_theta': 'rope_theta'}
+BLIP2_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
+                'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
+                'qformer_cross_every': 'cross_attention_frequency'}
+GPT2_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # OpenAI's layers are [in, out]
+# activation_function of a GPT-2 -> gelu_approximate
+GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
 # parts of names, Llama's and Qwen3's -> ours; their q_proj, k_proj and v_proj are our c_attn
 LLAMA = {'model.embed_tokens': 'transformer.wte', 'model.layers': 'transformer.h', 'model.norm': 'transformer.ln_f',
@@ -769,22 +772,21 @@ LLAMA = {'model.embed_tokens': 'transformer.wte', 'model.layers': 'transformer.h
 BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.encoder.layer': 'h',
          'vision_model.post_layernorm': 'ln_image', 'embeddings.word_embeddings': 'wte',
          'embeddings.position_embeddings': 'wpe',
-         'crossattention': 'cross_attn', 'cross_attn.attention.': 'cross_attn.', 'attention.attention.': 'attn.',
-         'cross_attn.output.dense': 'cross_attn.proj', 'cross_attn.output.LayerNorm': 'cross_attn.ln',
-         'attention.output.dense': 'attn.proj', 'attention.output.LayerNorm': 'attn.ln',
-         'intermediate_query.dense': 'query_mlp.fc', 'output_query.dense': 'query_mlp.proj',
-         'output_query.LayerNorm': 'query_mlp.ln', 'intermediate.dense': 'text_mlp.fc', 'output.dense': 'text_mlp.proj',
-         'output.LayerNorm': 'text_mlp.ln', '.query.': '.q.', '.key.': '.k.', '.value.': '.v.'}
+         'crossattention': 'cross_attn', 'cross_attn.attention': 'cross_attn', 'attention.attention': 'attn',
+         'cross_attn.output': 'cross_attn', 'attention.output': 'attn',
+         'intermediate_query.dense': 'query_mlp.fc', 'output_query': 'query_mlp',
+         'intermediate.dense': 'text_mlp.fc', 'output': 'text_mlp',
+         '.dense': '.proj', '.LayerNorm': '.ln', '.query.': '.q.', '.key.': '.k.', '.value.': '.v.'}
 
 
 def is_published(source):
-    """Whether it names a model in Hugging Face's layout: a folder, gpt2 to gpt2-xl, or OWNER/NAME on the hub."""
+    """Whether it names a model of Hugging Face: a folder, gpt2 to gpt2-xl, or OWNER/NAME on the hub."""
     on_hub = source.count('/') == 1 and not source.endswith(('.pt', '.safetensors')) and not os.path.exists(source)
     return source in GPT2 or os.path.isdir(source) or on_hub
 
 
 def published_folder(source):
-    """The folder of such a model; one on the hub is downloaded once. Raises ValueError if that cannot be done."""
+    """The folder of such a model; one on the hub is downloaded once. Raises ValueError if that fails."""
     if os.path.isdir(source):
         return source
     from huggingface_hub import snapshot_download
@@ -798,8 +800,9 @@ def published_folder(source):
 
 
 def read_published(source):
-    """`read_weights` for a published model. Raises ValueError for an architecture that this GPT does not compute."""
+    """`read_weights` for a published model. Raises ValueError for an architecture that is not supported."""
     config, tensors = read_tensors(source)
+    config = {key: value for key, value in config.items() if value is not None}  # null is the default
     readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen3': read_llama, 'blip-2': read_blip2}
     model_type = config.get('model_type')
     path = f'{source}/config.json'
@@ -809,44 +812,46 @@ def read_published(source):
         args, state = readers[model_type](config, tensors)
     except KeyError as error:
         raise ValueError(f'{path} is no complete configuration of a {model_type}: it has no {error}') from None
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f'{path} is of a model that this GPT does not compute: {error}') from None
     if args.get('tie_weights') and 'transformer.wte.weight' in state:
         state.setdefault('lm_head.weight', state['transformer.wte.weight'])  # stored once
     tokenizer = 'gpt2' if source in GPT2 else source
-    return {'model': state, 'model_args': args, 'config': {'tokenizer': tokenizer}, 'base_model': None,
-            'vision_fingerprint': ''}
+    return {'model': state, 'model_args': args, 'config': {'tokenizer': tokenizer}}
 
 
 def read_tensors(source):
-    """
-    (config.json's dict, {name: tensor}) of a model in Hugging Face's layout: model.safetensors, in one file or in shards.
-    The tensors are memory maps in the file's own dtype: those that are never used cost no memory.
-    """
-    from safetensors import SafetensorError, safe_open
-    folder = published_folder(source)
-    index = os.path.join(folder, 'model.safetensors.index.json')
-    path = os.path.join(folder, 'config.json')
+    """(config.json's dict, {name: tensor}) of a model in Hugging Face's layout, in one file or in shards."""
+    folder = Path(published_folder(source))
+    index = folder / 'model.safetensors.index.json'
+    path = folder / 'config.json'
     try:
-        with open(path, encoding='utf-8') as f:
-            config = json.load(f)
+        config = json.loads(path.read_text(encoding='utf-8'))
         shards = ['model.safetensors']
-        if os.path.exists(index):
-            with open(index, encoding='utf-8') as f:
-                shards = sorted(set(json.load(f)['weight_map'].values()))
+        if index.exists():
+            shards = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
         tensors = {}
-        for path in (os.path.join(folder, shard) for shard in shards):
-            with safe_open(path, 'pt') as f:
-                names = list(f.keys())
-            for name in names:  # each in a memory map of its own, which is freed with its tensor
-                with safe_open(path, 'pt') as f:
-                    tensors[strip_prefixes(name)] = f.get_tensor(name)
+        for shard in shards:
+            path = folder / shard
+            tensors.update(read_safetensors(path)[0])
     except FileNotFoundError as error:
         raise ValueError(f'{source} holds no model: expected config.json and model.safetensors, but '
                          f'{error.filename or path} is not there') from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
-    return config, tensors
+    return config, {strip_prefixes(name): p for name, p in tensors.items()}
+
+
+def read_safetensors(path):
+    """({name: tensor}, metadata) of a file. Each tensor is a memory map of its own, freed with it."""
+    with safe_open(path, 'pt') as f:
+        metadata = f.metadata() or {}
+        names = list(f.keys())
+    tensors = {}
+    for name in names:
+        with safe_open(path, 'pt') as f:
+            tensors[name] = f.get_tensor(name)
+    return tensors, metadata
 
 
 def check_supported(config, expected):
@@ -854,6 +859,11 @@ def check_supported(config, expected):
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise ValueError(f'its {key} is {config[key]!r}, not {value!r}')
+
+
+def fields_of(config, table):
+    """{field of GPTConfig: value} of a config.json."""
+    return {ours: config[theirs] for ours, theirs in table.items()}
 
 
 def rename(name, table):
@@ -865,22 +875,20 @@ def rename(name, table):
 
 def read_gpt2(config, tensors):
     """A GPT-2's config.json and tensors as model_args and state dict."""
-    activations = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
-    activation = config.get('activation_function', 'gelu_new')
-    if activation not in activations:
-        raise ValueError(f'its activation_function is {activation!r}, not one of {", ".join(activations)}')
+    config = {'activation_function': 'gelu_new', 'n_inner': 0, 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
+              **config}
+    activation = config['activation_function']
+    if activation not in GELU:
+        raise ValueError(f'its activation_function is {activation!r}, not one of {", ".join(GELU)}')
     check_supported(config, {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False})
-    args = dict(n_layer=config['n_layer'], n_head=config['n_head'], n_embd=config['n_embd'], bias=True,
-                vocab_size=config['vocab_size'], block_size=config['n_positions'], n_inner=config.get('n_inner') or 0,
-                norm_eps=config.get('layer_norm_epsilon', 1e-5), gelu_approximate=activations[activation],
-                tie_weights=config.get('tie_word_embeddings', True))
+    args = {**fields_of(config, GPT2_FIELDS), 'bias': True, 'gelu_approximate': GELU[activation]}
     state = {}
     for name, p in tensors.items():
         name = name.removeprefix('transformer.')
         if name.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, not weights
             continue
-        if name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
-            p = p.t().contiguous()  # OpenAI's layers are [in, out]
+        if name.endswith(GPT2_TRANSPOSED):
+            p = p.t().contiguous()
         state[name if name == 'lm_head.weight' else f'transformer.{name}'] = p
     return args, state
 
@@ -888,39 +896,35 @@ def read_gpt2(config, tensors):
 def read_llama(config, tensors):
     """A Llama's or Qwen3's config.json and tensors as model_args and state dict."""
     is_qwen = config['model_type'] == 'qwen3'
-    rope = {'rope_type': 'default', **(config.get('rope_parameters') or config.get('rope_scaling') or {})}
-    check_supported({**config, **rope}, {
+    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+    config = {'num_key_value_heads': 0, 'head_dim': 128 if is_qwen else 0, 'rope_theta': 10000.0,
+              'tie_word_embeddings': False, **config, **rope}
+    check_supported(config, {
         'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'use_sliding_window': False,
         'rope_type': 'default', 'type': 'default', 'partial_rotary_factor': 1.0})
-    args = dict(n_layer=config['num_hidden_layers'], n_head=config['num_attention_heads'], n_embd=config['hidden_size'],
-                vocab_size=config['vocab_size'], block_size=config['max_position_embeddings'], bias=False,
-                norm='rmsnorm', norm_eps=config['rms_norm_eps'], position='rope', mlp='swiglu',
-                rope_theta=float(rope.get('rope_theta') or config.get('rope_theta', 10000.0)),
-                n_inner=config['intermediate_size'], n_kv_head=config.get('num_key_value_heads') or 0,
-                head_dim=config['head_dim'] if is_qwen else config.get('head_dim') or 0, qk_norm=is_qwen,
-                tie_weights=config.get('tie_word_embeddings', False))
+    args = {**fields_of(config, LLAMA_FIELDS), 'bias': False, 'norm': 'rmsnorm', 'position': 'rope', 'mlp': 'swiglu',
+            'qk_norm': is_qwen}
     state = {rename(name, LLAMA): p for name, p in tensors.items()
              if not name.endswith('rotary_emb.inv_freq')}  # of old files: a constant, not a weight
     for i in range(args['n_layer']):
         names = [f'transformer.h.{i}.self_attn.{x}_proj.weight' for x in 'qkv']
-        if all(name in state and state[name].dim() == 2 and state[name].shape[1] == args['n_embd'] for name in names):
+        if all(name in state for name in names):
             state[f'transformer.h.{i}.attn.c_attn.weight'] = torch.cat([state.pop(name) for name in names])
     return args, state
 
 
 def read_blip2(config, tensors):
     """
-    The Q-Former in a BLIP-2's config.json and tensors, as model_args and tensors named vision.qformer.*: 32 queries that
-    attend to the penultimate layer of EVA-CLIP's ViT-g/14, 1408 wide. Its text side, with BERT's vocabulary, is among them
-    if it is in the file.
+    The Q-Former in a BLIP-2's config.json and tensors, as model_args and tensors named vision.qformer.*: 32
+    queries that attend to the penultimate layer of EVA-CLIP's ViT-g/14, 1408 wide. Its text side is among
+    them if the file has it.
     """
-    shape = {'hidden_size': 768, 'num_hidden_layers': 12, 'num_attention_heads': 12, 'cross_attention_frequency': 2,
-             **config.get('qformer_config', {})}
-    check_supported(shape, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
-                            'intermediate_size': 4 * shape['hidden_size']})
-    args = {'connector': 'qformer', 'n_queries': config.get('num_query_tokens', 32),
-            'qformer_n_layer': shape['num_hidden_layers'], 'qformer_n_head': shape['num_attention_heads'],
-            'qformer_n_embd': shape['hidden_size'], 'qformer_cross_every': shape['cross_attention_frequency']}
+    config = {**config, **config.get('qformer_config', {})}
+    check_supported(config, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
+                             'intermediate_size': 4 * config.get('hidden_size', 768)})
+    # BLIP-2's defaults are VisionConfig's
+    args = {ours: config[theirs] for ours, theirs in BLIP2_FIELDS.items() if theirs in config}
+    args['connector'] = 'qformer'
     state = {}
     for name, p in tensors.items():
         is_qformer = name.startswith(('qformer.', 'query_tokens', 'embeddings.', 'vision_model.post_layernorm.'))
@@ -932,9 +936,9 @@ def read_blip2(config, tensors):
 
 def to_hugging_face(model):
     """
-    The text part of a model as (config.json's dict, {name: tensor}) for Hugging Face's GPT2LMHeadModel, LlamaForCausalLM or
-    Qwen3ForCausalLM, the reverse of read_published. LoRA's updates that are not merged, because they act only after an
-    image, are no part of it. Raises ValueError if none of these classes computes what this GPT does.
+    The text part of a model as (config.json's dict, {name: tensor}) for Hugging Face's GPT2LMHeadModel,
+    LlamaForCausalLM or Qwen3ForCausalLM, without LoRA's updates that are not merged because they act only
+    after an image. Raises ValueError if none of these classes computes what this GPT does.
     """
     c = model.config
     attn = model.transformer.h[0].attn
@@ -942,40 +946,32 @@ def to_hugging_face(model):
              if not name.startswith('vision.') and '.lora_' not in name}
     if c.tie_weights:
         del state['lm_head.weight']
-    config = {'vocab_size': c.vocab_size, 'tie_word_embeddings': c.tie_weights, 'dtype': str(model.lm_head.weight.dtype)[6:]}
     switches = c.norm, c.position, c.mlp
     is_multi_head = attn.c_attn.weight.shape[0] == 3 * c.n_embd
     if switches == ('layernorm', 'learned', 'gelu') and not c.qk_norm and is_multi_head:
-        return {**config, **gpt2_config(c)}, dict(to_gpt2(state, c.bias))
-    if switches == ('rmsnorm', 'rope', 'swiglu') and not c.bias:
-        return {**config, **llama_config(c, attn)}, dict(to_llama(state, attn))
-    raise ValueError(f'no class of Hugging Face computes norm {c.norm}, position {c.position}, mlp {c.mlp}, '
-                     f'{"with" if c.bias else "without"} bias{" and qk_norm" * c.qk_norm}')
-
-
-def gpt2_config(c):
-    activation = {'tanh': 'gelu_new', 'none': 'gelu'}[c.gelu_approximate]
-    return {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'n_layer': c.n_layer, 'n_head': c.n_head,
-            'n_embd': c.n_embd, 'n_positions': c.block_size, 'n_inner': c.n_inner or None,
-            'activation_function': activation, 'layer_norm_epsilon': c.norm_eps}
+        name, table = 'GPT2LMHeadModel', GPT2_FIELDS
+        config = {'model_type': 'gpt2', 'activation_function': 'gelu_new' if c.gelu_approximate == 'tanh' else 'gelu'}
+        state = dict(to_gpt2(state, c.bias))
+    elif switches == ('rmsnorm', 'rope', 'swiglu') and not c.bias:
+        model_type = 'qwen3' if c.qk_norm else 'llama'
+        name, table = f'{model_type.title()}ForCausalLM', LLAMA_FIELDS
+        config = {'model_type': model_type, 'hidden_act': 'silu', 'attention_bias': False,
+                  'rope_parameters': {'rope_theta': c.rope_theta, 'rope_type': 'default'}}
+        state = dict(to_llama(state, attn))
+    else:
+        raise ValueError(f'no class of Hugging Face computes norm {c.norm}, position {c.position}, mlp {c.mlp}, '
+                         f'{"with" if c.bias else "without"} bias{" and qk_norm" * c.qk_norm}')
+    values = {**vars(c), 'n_inner': c.n_inner or 4 * c.n_embd, 'n_kv_head': attn.n_kv_head, 'head_dim': attn.head_dim}
+    config.update({theirs: values[ours] for ours, theirs in table.items()})
+    return {**config, 'architectures': [name], 'dtype': str(model.lm_head.weight.dtype)[6:]}, state
 
 
 def to_gpt2(state, bias):
     """(name, tensor) as GPT2LMHeadModel has them."""
     for name, p in state.items():
-        is_linear = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
-        yield name, p.t().contiguous() if is_linear else p
-        if not bias and '.wte.' not in name and '.wpe.' not in name and name != 'lm_head.weight':
+        yield name, p.t().contiguous() if name.endswith(GPT2_TRANSPOSED) else p
+        if not bias and ('.h.' in name or '.ln_f.' in name):
             yield name.replace('weight', 'bias'), p.new_zeros(len(p))  # theirs always have one
-
-
-def llama_config(c, attn):
-    name = 'Qwen3' if c.qk_norm else 'Llama'
-    return {'model_type': name.lower(), 'architectures': [f'{name}ForCausalLM'], 'num_hidden_layers': c.n_layer,
-            'num_attention_heads': c.n_head, 'num_key_value_heads': attn.n_kv_head, 'head_dim': attn.head_dim,
-            'hidden_size': c.n_embd, 'intermediate_size': c.n_inner or 4 * c.n_embd, 'hidden_act': 'silu',
-            'rms_norm_eps': c.norm_eps, 'max_position_embeddings': c.block_size, 'attention_bias': False,
-            'rope_theta': c.rope_theta, 'rope_parameters': {'rope_theta': c.rope_theta, 'rope_type': 'default'}}
 
 
 def to_llama(state, attn):

@@ -2,19 +2,19 @@
 Images -> image tokens: everything between an image and the embeddings that the GPT reads.
 
     VisionConfig        every knob of this file; model.py's GPTConfig extends it
-    preprocess          a PIL image -> its patches as bytes, and the row and column of each     (on the CPU, per image)
-    collate             the images of a batch, padded to one length                             (on the CPU, per batch)
+    preprocess          a PIL image -> its patches as bytes, and the row and column of each
+    collate             the images of a batch, padded to one length
     ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
     PretrainedEncoder   patches -> features: CLIP, SigLIP, DINOv2, ... with published weights   (an encoder)
     pool                features -> their mean over each cell of k x k patches
     QFormer             features -> a fixed number of queries that have attended to them
     Connector           features or queries -> embeddings as wide as the GPT's: linear or mlp
     Vision              all of it in one module: what `GPT.vision` is
-    QFormerPretraining  BLIP-2's first stage: trains encoder and Q-Former on images and captions, without a GPT
+    QFormerPretraining  BLIP-2's first stage: encoder and Q-Former are trained on captions, without a GPT
 
-The ViT reads an image at its native resolution: the image keeps its size and aspect and becomes as many patches as it
-takes, up to a limit. A batch of them is padded, and attention ignores the padding. A pretrained encoder was trained on
-squares of one size, so its images are first made such squares.
+The ViT reads an image at its native resolution: the image keeps its size and aspect and becomes as many
+patches as it takes, up to a limit. A batch of them is padded, and attention ignores the padding. A
+pretrained encoder was trained on squares of one size, so its images are first made such squares.
 
 This file imports nothing of the project.
 
@@ -57,8 +57,8 @@ class VisionConfig:
     n_embd: int = 768
     image_token: int = derived(-1)  # id of <image>
     # vision
-    vision_encoder: str = ''  # '' for a text-only GPT, vit for the small ViT trained from scratch, or a pretrained encoder:
-    #                           ViT-L-14-quickgelu/openai, timm/vit_small_patch14_dinov2.lvd142m (see PretrainedEncoder)
+    vision_encoder: str = ''  # '' for a text-only GPT, vit (from scratch), or a pretrained encoder, like
+    #                           ViT-L-14-quickgelu/openai or timm/vit_small_patch14_dinov2.lvd142m
     connector: str = 'mlp'    # linear, mlp, pool or qformer
     pool_size: int = 2        # connector pool: k x k patches become one token
     n_queries: int = 32       # connector qformer: any image becomes as many tokens
@@ -68,20 +68,20 @@ class VisionConfig:
     qformer_cross_every: int = 2  # every second layer attends to the image, from the first on
     patch_height: int = 16    # pixels
     patch_width: int = 16     # pixels
-    max_image_tokens: int = 256  # a larger image is scaled down, keeping its aspect, to make at most as many tokens
+    max_image_tokens: int = 256  # a larger image is scaled down, keeping its aspect
     line_height: int = 0      # pixels; > 0: every image is a line of text and is first scaled to this height
     vision_n_layer: int = 6
     vision_n_head: int = 6
     vision_n_embd: int = 384
-    vision_layer: int = -2    # of a pretrained encoder: the layer of the features; -1 is the last, with its final norm
+    vision_layer: int = -2    # of a pretrained encoder: the layer of the features; -1 is the last
     vision_cls: bool = False  # of a pretrained encoder: keep its class token as the first image token
     image_fit: str = 'pad'    # of a pretrained encoder: how an image becomes its square: pad, squash or crop
     image_size: int = derived(0)  # of a pretrained encoder: the side of its square, in pixels
     image_mean: tuple = derived((0.5, 0.5, 0.5))
     image_std: tuple = derived((0.5, 0.5, 0.5))
     # BLIP-2's first stage
-    objective: str = 'lm'     # lm trains a GPT; itc, itc+itm or itc+itm+itg train encoder and Q-Former without one
-    proj_dim: int = 256       # of that stage: width of the embeddings in which images and captions are compared
+    objective: str = 'lm'     # lm trains a GPT; itc, itc+itm, itc+itm+itg train encoder and Q-Former
+    proj_dim: int = 256       # width of the embeddings in which images and captions are compared
 
 
 def is_pretrained(config):
@@ -90,7 +90,7 @@ def is_pretrained(config):
 
 
 def cell_size(config):
-    """Side, in patches, of the square of patches that becomes one image token: pool_size for `pool`, else 1."""
+    """Side, in patches, of the square that becomes one image token: pool_size for `pool`, else 1."""
     return config.pool_size if config.connector == 'pool' else 1
 
 
@@ -102,31 +102,30 @@ def preprocess(image, config):
     Cuts an RGB PIL image into patches. Returns
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
-    L is a multiple of k*k: the patches come cell by cell, the k x k of one image token next to each other, so that
-    the pool connector is a reshape. `num_tokens` gives the number of image tokens.
+    The patches come cell by cell, the k x k of one image token next to each other: pooling is a reshape.
     Raises ValueError for an image that is too elongated.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
-    pixels = np.asarray(resize(image, config))                                   # (H, W, 3)
+    pixels = np.asarray(resize(image, config))                                  # (H, W, 3)
     H, W, _ = pixels.shape
     rows, cols = math.ceil(H / ph), math.ceil(W / pw)
-    grid = np.stack(np.mgrid[:rows, :cols], axis=-1)                             # (rows, cols, 2)
+    grid = np.stack(np.mgrid[:rows, :cols], axis=-1)                            # (rows, cols, 2)
     # the last row and column of cells are filled up with the image's own border, whatever its color
     pixels = np.pad(pixels, ((0, -H % (k * ph)), (0, -W % (k * pw)), (0, 0)), mode='edge')
     grid = np.pad(grid, ((0, -rows % k), (0, -cols % k), (0, 0)), constant_values=-1)
-    patches = cut(pixels, k, ph, pw)                                             # (L, ph * pw * 3)
-    grid = cut(grid, k, 1, 1)                                                    # (L, 2)
-    if is_pretrained(config) and config.vision_cls:  # the class token comes from no patch: an entry in front for it
+    patches = cut(pixels, k, ph, pw)                                            # (L, ph * pw * 3)
+    grid = cut(grid, k, 1, 1)                                                   # (L, 2)
+    if is_pretrained(config) and config.vision_cls:  # an entry for the class token, which has no patch
         patches = F.pad(patches, (0, 0, 1, 0))
         grid = F.pad(grid, (0, 0, 1, 0))
     return patches, grid
 
 
 def cut(array, k, height, width):
-    """(H, W, C) -> its pieces of height x width as rows of a tensor (L, height * width * C), cell by cell of k x k."""
+    """(H, W, C) -> pieces of height x width as rows of (L, height * width * C), cell by cell of k x k."""
     H, W, C = array.shape
     array = array.reshape(H // (k * height), k, height, W // (k * width), k, width, C)
-    array = array.transpose(0, 3, 1, 4, 2, 5, 6)                                 # (rows, cols, k, k, height, width, C)
+    array = array.transpose(0, 3, 1, 4, 2, 5, 6)                                # (rows, cols, k, k, height, width, C)
     return torch.from_numpy(array.reshape(-1, height * width * C))
 
 
@@ -163,10 +162,9 @@ def resize_to_square(image, config):
 
 def scaled_size(width, height, config):
     """
-    The size in pixels, (width, height), at which the ViT reads an image: its own if that makes at most
-    max_image_tokens tokens, else the largest of the same aspect that does. With line_height, images are lines of
-    text and are first scaled to that height. Raises ValueError for an image so elongated that the limit would
-    shrink one side to less than a quarter of a patch.
+    The size in pixels, (width, height), at which the ViT reads an image: its own, or that with a height of
+    line_height, if it makes at most max_image_tokens tokens, else the largest of the same aspect that does.
+    Raises ValueError if that shrinks one side to less than a quarter of a patch.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
     cell_w = k * pw
@@ -176,19 +174,20 @@ def scaled_size(width, height, config):
     while math.ceil(width * scale / cell_w) * math.ceil(height * scale / cell_h) > config.max_image_tokens:
         scale *= 0.98
     if scale < wanted and min(width * scale / pw, height * scale / ph) < 1 / 4:
-        raise ValueError(f'an image of {width}x{height} pixels is too elongated for {config.max_image_tokens} image '
+        raise ValueError(f'an image of {width}x{height} pixels is too elongated for {config.max_image_tokens} '
                          'tokens: cut it into pieces or raise max_image_tokens')
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def crop_line(image):
     """
-    A line of text in black on white and without its margins, from the top of its letters to a third of their height
-    below the baseline: letters of one font size come out in one size, whatever the margins, colors and letters.
-    The background is the median gray. Ink differs from it by more than a quarter of the strongest contrast. The
-    baseline is the row below which most ink ends. An image without ink is returned as it is.
+    A line of text in black on white and without its margins, from the top of its letters to a third of
+    their height below the baseline: letters of one font size come out in one size, whatever the margins,
+    colors and letters. The background is the median gray. Ink differs from it by more than a quarter of the
+    strongest contrast. The baseline is the row below which most ink ends. An image without ink is returned
+    as it is.
     """
-    gray = np.asarray(image.convert('L'), dtype=np.float32)                              # (H, W)
+    gray = np.asarray(image.convert('L'), dtype=np.float32)                     # (H, W)
     contrast = np.abs(gray - np.median(gray))
     ink = contrast > max(16, contrast.max() / 4)
     box = Image.fromarray(ink).getbbox()
@@ -196,7 +195,7 @@ def crop_line(image):
         return image
     left, top, right, bottom = box
     middle = (top + bottom - 1) // 2
-    ink_that_ends = -np.diff(ink.sum(1), append=0)                               # (H)
+    ink_that_ends = -np.diff(ink.sum(1), append=0)                              # (H)
     baseline = middle + int(ink_that_ends[middle:].argmax()) + 1
     black_on_white = (255 - contrast * (255 / contrast.max())).astype(np.uint8)
     line = Image.new('L', (right - left, math.ceil(1.35 * (baseline - top))), 255)
@@ -217,8 +216,9 @@ def collate(images, config):
     Pads the images of a batch, a list of (patches, grid), to the longest. Returns
         patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
-    An empty list becomes one image that is only padding. It adds no token, but the vision parameters stay in the
-    graph: without them, a batch of text on one rank would leave the other ranks waiting for gradients.
+    An empty list becomes one image that is only padding: it adds no token, but the vision parameters stay
+    in the graph. Without them, a batch of text on one rank would leave the other ranks waiting for
+    gradients.
     """
     if not images:
         patches, grid = preprocess(Image.new('RGB', (config.patch_width, config.patch_height)), config)
@@ -231,31 +231,29 @@ def collate(images, config):
 # the encoder: a small ViT, trained from scratch
 
 class Freezable(nn.Module):
-    """A module that stays in eval mode while all of its weights are frozen, whatever is called on the model around it."""
-
-    fingerprint = ''  # of published weights (PretrainedEncoder)
+    """A module that stays in eval mode while all of its weights are frozen."""
 
     def train(self, mode=True):
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
 
 def attend(q, k, v, n_head, mask):
-    """Multi-head attention of q (N, T, C) to k, v (N, L, C) where mask, bool and broadcastable to (N, nh, T, L), is True."""
+    """Multi-head attention of q (N, T, C) to k, v (N, L, C); mask: bool, broadcastable to (N, nh, T, L)."""
     q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (N, nh, T or L, hs)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y.transpose(1, 2).flatten(2)                                          # (N, T, C)
+    return y.transpose(1, 2).flatten(2)                                         # (N, T, C)
 
 
 def padding_mask(valid):
     """
-    The mask of attention to a padded sequence, valid (N, L) -> (N, 1, 1, L). An image that is only padding has nothing to
-    attend to, but softmax needs something: its padding.
+    valid (N, L) -> the attention mask (N, 1, 1, L). An image that is only padding has nothing to attend to,
+    but softmax needs something: its padding.
     """
     return (valid | ~valid.any(1, keepdim=True))[:, None, None]
 
 
 class Block(nn.Module):
-    """A pre-norm Transformer block with bidirectional attention: every patch attends to all patches of its own image."""
+    """A pre-norm Transformer block with bidirectional attention."""
 
     def __init__(self, width, n_head):
         super().__init__()
@@ -268,23 +266,24 @@ class Block(nn.Module):
         self.mlp_proj = nn.Linear(4 * width, width)
 
     def forward(self, x, mask):
-        q, k, v = self.c_attn(self.ln_1(x)).chunk(3, dim=-1)                         # (N, L, C)
+        q, k, v = self.c_attn(self.ln_1(x)).chunk(3, dim=-1)                    # (N, L, C)
         x = x + self.attn_proj(attend(q, k, v, self.n_head, mask))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
 
 
 class ViT(Freezable):
     """
-    Patches to features. The position of a patch is the sum of a row and a column embedding, so any grid within
-    max_image_tokens cells works and no position table has to be interpolated.
+    Patches to features. The position of a patch is the sum of a row and a column embedding, so any grid
+    within max_image_tokens cells works and no position table has to be interpolated.
     """
+
+    fingerprint = ''  # its weights are published nowhere
 
     def __init__(self, config):
         super().__init__()
-        if config.vision_n_embd % config.vision_n_head:
-            raise ValueError(f'vision_n_embd ({config.vision_n_embd}) must be a multiple of vision_n_head '
-                             f'({config.vision_n_head})')
         width = config.vision_n_embd
+        if width % config.vision_n_head:
+            raise ValueError(f'vision_n_embd ({width}) must be a multiple of vision_n_head ({config.vision_n_head})')
         max_length = config.max_image_tokens * cell_size(config)
         self.width = width
         self.patch_embed = nn.Linear(config.patch_height * config.patch_width * 3, width)
@@ -305,13 +304,13 @@ class ViT(Freezable):
 
     def forward(self, patches, grid):
         """uint8 patches (N, L, D), grid (N, L, 2) -> features (N, L, C)."""
-        x = self.patch_embed(1 - patches.to(self.patch_embed.weight.dtype) / 255)        # (N, L, C), white is 0
+        x = self.patch_embed(1 - patches.to(self.patch_embed.weight.dtype) / 255)  # (N, L, C), white is 0
         row, col = grid.clamp(min=0).unbind(-1)
         x = x + self.row_embed(row) + self.col_embed(col)
-        mask = padding_mask(grid[..., 0] >= 0)                                       # (N, 1, 1, L)
+        mask = padding_mask(grid[..., 0] >= 0)                                  # (N, 1, 1, L)
         for block in self.h:
             x = block(x, mask)
-        return self.ln_f(x)                                                              # (N, L, C)
+        return self.ln_f(x)                                                     # (N, L, C)
 
 
 def sinusoids(length, width):
@@ -328,18 +327,18 @@ class PretrainedEncoder(Freezable):
     """
     The image tower of a published model, with its weights. The name says which:
 
-        ViT-L-14-quickgelu/openai          open_clip's name and its tag; CLIP, SigLIP, SigLIP2, PE-Core, EVA, ...
-        ViT-L-14-quickgelu/FILE            the same with weights from a local file
-        hf-hub:ORG/REPO, local-dir:FOLDER  as in open_clip
+        ViT-L-14-quickgelu/openai     open_clip's name and its tag; CLIP, SigLIP, SigLIP2, PE-Core, EVA, ...
+        ViT-L-14-quickgelu/FILE       the same with weights from a local file
+        hf-hub:ORG/REPO, local-dir:FOLDER                           as in open_clip
         timm/vit_small_patch14_dinov2.lvd142m, timm/NAME/FILE       any image model of timm
 
-    Its features are those of layer vision_layer: -2, the penultimate, is LLaVA's choice, because the last layer is
-    specialized in making a single vector; -1 is the last, after the tower's own final norm. vision_cls keeps the
-    class token, as a first image token. Parameters that have no effect on that layer are parameters no longer: they
-    would never get a gradient, and DDP would wait for it.
+    Its features are those of layer vision_layer: -2, the penultimate, is LLaVA's choice, because the last
+    layer is specialized in making a single vector; -1 is the last, after the tower's own final norm.
+    Parameters without an effect on that layer become buffers: they would never get a gradient, and DDP
+    would wait for it.
 
-    The config has to be complete (`complete_config`). Raises ValueError if there is no such model or its weights
-    cannot be read.
+    The config has to be complete (`complete_config`). Raises ValueError if there is no such model or its
+    weights cannot be read.
     """
 
     def __init__(self, config, load=True):
@@ -348,7 +347,7 @@ class PretrainedEncoder(Freezable):
             raise ValueError('vision_cls does not work with connector pool: a class token is in no cell of patches')
         self.config = config
         self.n_cls = int(config.vision_cls)
-        self.width, self.side, unused = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
+        self.width, self.side, unused, *_ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
         self.tower = open_tower(config.vision_encoder, load)
         for name in unused:
             module_name, _, last = name.rpartition('.')
@@ -356,8 +355,8 @@ class PretrainedEncoder(Freezable):
             module.register_buffer(last, module._parameters.pop(last).data, persistent=False)
         # identifies weights that are stored elsewhere, under this name
         self.fingerprint = fingerprint(self.tower.state_dict()) if load else ''
-        # the index of what the tower gives, class token and patches row by row, in the order of `preprocess`, cell by cell
-        _, grid = preprocess(Image.new('RGB', (8, 8)), config)                       # (L, 2)
+        # where the class token and the patches, row by row, are in the order of `preprocess`, cell by cell
+        _, grid = preprocess(Image.new('RGB', (8, 8)), config)                  # (L, 2)
         row, col = grid.unbind(-1)
         rank = torch.where(row < 0, self.side**2, row * self.side + col)
         rank[:self.n_cls] = -1
@@ -372,37 +371,37 @@ class PretrainedEncoder(Freezable):
         x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(N, 3, side * p, side * p)
         margin = config.image_size - side * p  # pixels after the last whole patch, which belong to no patch
-        x = F.pad(x, (0, margin, 0, margin))                                         # (N, 3, image_size, image_size)
+        x = F.pad(x, (0, margin, 0, margin))                                    # (N, 3, image_size, image_size)
         out = x.new_zeros(N, L, self.width)
         out[:, self.order] = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
         return out
 
 
 def forward_features(tower, x, layer, keep_cls):
-    """Normalized pixels (N, 3, S, S) -> features of that layer (N, L, C): the class token if it is kept, then row by row."""
+    """Normalized pixels (N, 3, S, S) -> features of a layer (N, L, C), class token first, then row by row."""
     options = dict(indices=[layer], output_fmt='NCHW', intermediates_only=True, stop_early=True)
     if hasattr(tower, 'preprocess_cfg'):  # open_clip's
         out = tower.forward_intermediates(x, normalize_intermediates=layer == -1, output_extra_tokens=keep_cls, **options)
-        x = out['image_intermediates'][0]                                            # (N, C, rows, cols)
+        x = out['image_intermediates'][0]                                       # (N, C, rows, cols)
         prefix = out.get('image_intermediates_prefix', [None])[0]
     elif keep_cls:
         x, prefix = tower.forward_intermediates(x, norm=layer == -1, return_prefix_tokens=True, **options)[0]
     else:
         x = tower.forward_intermediates(x, norm=layer == -1, **options)[0]
-    x = x.flatten(2).transpose(1, 2)                                                 # (N, rows * cols, C)
+    x = x.flatten(2).transpose(1, 2)                                            # (N, rows * cols, C)
     return torch.cat([prefix[:, :1], x], dim=1) if keep_cls else x
 
 
 def complete_config(config):
     """
-    The config with what a pretrained encoder determines: image_size, image_mean, image_std, patch_height, patch_width.
-    Reads no weights. Any other config is returned as it is. Raises ValueError if there is no such encoder, or its
-    name asks for another activation than its weights were trained with: OpenAI's need the names with "quickgelu".
+    The config with what a pretrained encoder determines: image_size, image_mean, image_std, patch_height,
+    patch_width. Reads no weights. Any other config is returned as it is. Raises ValueError if there is no
+    such encoder, or its name asks for another activation than its weights were trained with: OpenAI's need
+    the names with "quickgelu".
     """
-    if not is_pretrained(config) or config.image_size:  # an image_size comes with a checkpoint, which has the rest too
+    if not is_pretrained(config) or config.image_size:  # a checkpoint's config is complete
         return config
-    size, mean, std = tower_preprocessing(config.vision_encoder)
-    _, side, _ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
+    _, side, _, size, mean, std = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
     patch = size // side
     return replace(config, image_size=size, image_mean=mean, image_std=std, patch_height=patch, patch_width=patch)
 
@@ -410,21 +409,32 @@ def complete_config(config):
 @functools.lru_cache
 def tower_shape(name, layer, keep_cls):
     """
-    (width, rows of the grid of patches, names of the parameters without an effect) of a tower:
-    found by one forward and backward pass of a copy on the meta device, which has shapes and no numbers.
+    What has to be known of a tower before its weights are read: the width of its features, the rows of its
+    grid of patches, the names of the parameters without an effect; size, mean and std of the images that it
+    was trained on. Found by a forward and a backward pass on the meta device, which has shapes and no
+    numbers.
     """
-    size, *_ = tower_preprocessing(name)
-    tower = open_tower(name, load=False, device='meta')
+    published = published_preprocessing(name)
+    tower = open_tower(name, load=False, device='meta').eval()
+    if name.startswith('timm/'):
+        import timm
+        own = timm.data.resolve_model_data_config(tower)
+        size = own['input_size'][-1]
+    else:
+        own = tower.preprocess_cfg
+        size, *_ = np.atleast_1d(own['size']).tolist()
     trunk = getattr(tower, 'trunk', tower)  # open_clip wraps timm's towers
     if keep_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
         raise ValueError(f'{name} has no class token: leave vision_cls out')
     try:
-        x = forward_features(tower.eval(), torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
+        x = forward_features(tower, torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f'{name} gives no features at vision_layer {layer}: {error}') from error
     x.sum().backward()
     unused = [name for name, p in tower.named_parameters() if p.grad is None]
-    return x.shape[2], math.isqrt(x.shape[1] - int(keep_cls)), unused
+    side = math.isqrt(x.shape[1] - int(keep_cls))
+    normalization = {**own, **published}
+    return x.shape[2], side, unused, size, tuple(normalization['mean']), tuple(normalization['std'])
 
 
 def split_name(name):
@@ -446,44 +456,40 @@ def open_tower(name, load, device='cpu'):
                 return timm.create_model(model, pretrained=load, num_classes=0, pretrained_cfg_overlay=overlay)
             import open_clip  # takes some seconds
             # the text tower comes along, and is dropped on leaving this line
-            return open_clip.create_model(model, weights if load else None, load_weights=load, require_pretrained=load,
-                                          pretrained_text=False, device=device).visual
+            return open_clip.create_model(
+                model, weights if load else None, load_weights=load, require_pretrained=load,
+                pretrained_text=False, device=device).visual
     except Exception as error:  # open_clip, timm and the hub's client raise many of their own
-        raise ValueError(f'{name} cannot be loaded ({str(error).splitlines()[0]}): a name like '
-                         'ViT-L-14-quickgelu/openai is downloaded once, so connect, or name a file of its weights, '
-                         '--vision_encoder=ViT-L-14-quickgelu/FILE.safetensors') from error
+        raise ValueError(f'{name} cannot be loaded ({str(error).splitlines()[0]}): connect once to download it, '
+                         'or name a file of its weights, like ViT-L-14-quickgelu/FILE.safetensors') from error
 
 
-@functools.lru_cache
-def tower_preprocessing(name):
-    """(image size, mean, std) of the images that the named tower was trained on. Checks the name first."""
-    model, tag = split_name(name)
+def published_preprocessing(name):
+    """open_clip's mean, std and quick_gelu of the named weights, or {}. Raises ValueError for a wrong name."""
+    model, weights = split_name(name)
     if name.startswith('timm/'):
         import timm
         if not timm.is_model(model):
             raise ValueError(f'{name} is not a model of timm{did_you_mean(model.partition(".")[0], timm.list_models())}')
-        data = timm.data.resolve_model_data_config(open_tower(name, load=False, device='meta'))
-        return data['input_size'][-1], data['mean'], data['std']
+        return {}
+    if model == name:  # hf-hub: or local-dir:
+        return {}
     import open_clip
-    published = {}
-    if model != name:  # neither hf-hub: nor local-dir:
-        if model not in open_clip.list_models():
-            raise ValueError(f'{name} is not a model of open_clip{did_you_mean(model, open_clip.list_models())}')
-        published = open_clip.get_pretrained_cfg(model, tag) or file_preprocessing(model, tag)
-        wants_quick_gelu = open_clip.get_model_config(model).get('quick_gelu', False)
-        if published.get('quick_gelu', wants_quick_gelu) != wants_quick_gelu:
-            other = model.replace('-quickgelu', '') if wants_quick_gelu else f'{model}-quickgelu'
-            raise ValueError(f'{name} would run with another activation than its weights were trained with: take '
-                             f'{other}/{tag}')
-    own = open_tower(name, load=False, device='meta').preprocess_cfg
-    size, *_ = np.atleast_1d(own['size']).tolist()
-    return size, tuple(published.get('mean', own['mean'])), tuple(published.get('std', own['std']))
+    if model not in open_clip.list_models():
+        raise ValueError(f'{name} is not a model of open_clip{did_you_mean(model, open_clip.list_models())}')
+    published = open_clip.get_pretrained_cfg(model, weights) or file_preprocessing(model, weights)
+    wants_quick_gelu = open_clip.get_model_config(model).get('quick_gelu', False)
+    if published.get('quick_gelu', wants_quick_gelu) != wants_quick_gelu:
+        other = model.replace('-quickgelu', '') if wants_quick_gelu else f'{model}-quickgelu'
+        raise ValueError(f'{name} would run with another activation than its weights were trained with: take '
+                         f'{other}/{weights}')
+    return published
 
 
 def file_preprocessing(model, path):
     """
-    What is known of a model's weights in a local file: from the open_clip_config.json next to it, or from the
-    published weights of the same model, if all of them agree. Otherwise {}, and a note says what is assumed.
+    The same of a model's weights in a local file: from the open_clip_config.json next to it, or from the
+    model's published weights, if all of them agree. Otherwise {}, and a note says what is assumed.
     """
     import open_clip
     if not path:  # random weights
@@ -498,8 +504,8 @@ def file_preprocessing(model, path):
     if len(stats) == 1:
         mean, std = stats.pop()
         return {'mean': mean, 'std': std}
-    print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are assumed: put '
-          'its open_clip_config.json next to it', file=sys.stderr)
+    print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are assumed: '
+          'put its open_clip_config.json next to it', file=sys.stderr)
     return {}
 
 
@@ -516,7 +522,7 @@ def check_file(path):
 
 
 def fingerprint(tensors):
-    """16 hex digits that identify a set of named tensors; a checkpoint that leaves them out refers to them by it."""
+    """16 hex digits that identify a set of named tensors, for a checkpoint that leaves them out."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -528,16 +534,15 @@ def fingerprint(tensors):
 # the connector
 
 def pool(x, grid, k):
-    """Features (N, L, C) to the mean of each cell of k x k patches (N, L / k^2, C), and which cells hold any, bool."""
-    N, L, C = x.shape
-    valid = (grid[..., 0] >= 0).view(N, L // k**2, k**2, 1)                              # (N, L', k*k, 1)
+    """Features (N, L, C) -> the mean of each cell of k x k patches (N, L / k^2, C), which cells have any (N, L / k^2)."""
+    valid = (grid[..., :1] >= 0).unflatten(1, (-1, k**2))                       # (N, L', k*k, 1)
     # a cell at the border of an image holds fewer patches: its mean is over those
-    total = (x.view(N, L // k**2, k**2, C) * valid).sum(2)                               # (N, L', C)
+    total = (x.unflatten(1, (-1, k**2)) * valid).sum(2)                         # (N, L', C)
     return total / valid.sum(2).clamp(min=1), valid.any(2).squeeze(-1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to `context`, which is x itself or an image; residual and post-norm as in BERT."""
+    """Multi-head attention of x to `context`, x itself or an image; residual and post-norm as in BERT."""
 
     def __init__(self, width, context_width, n_head):
         super().__init__()
@@ -568,8 +573,9 @@ class FeedForward(nn.Module):
 
 class QFormerBlock(nn.Module):
     """
-    Queries and text share one self-attention, whose mask says which attends to which. Then queries attend to the image,
-    if this layer has cross-attention. Queries and text have feed-forward networks of their own.
+    Queries and text share one self-attention, whose mask says which attends to which. Then queries attend
+    to the image, if this layer has cross-attention. Queries and text have feed-forward networks of their
+    own.
     """
 
     def __init__(self, config, image_width, has_cross_attn, has_text_mlp):
@@ -581,7 +587,7 @@ class QFormerBlock(nn.Module):
         self.text_mlp = FeedForward(width) if has_text_mlp else None
 
     def forward(self, x, n_queries, mask, image, image_mask):
-        x = self.attn(x, x, mask)                                                        # (N, K + T, C)
+        x = self.attn(x, x, mask)                                               # (N, K + T, C)
         queries, text = x[:, :n_queries], x[:, n_queries:]
         if n_queries:
             if self.cross_attn is not None:
@@ -592,8 +598,9 @@ class QFormerBlock(nn.Module):
 
 def qformer_mask(objective, n_queries, is_token):
     """
-    Which position attends to which in the Q-Former's self-attention, bool (N, 1, K + T, K + T); is_token (N, K + T) is
-    False at the padding of texts. A row attends to the columns with a 1; here with two queries and three tokens:
+    Which position attends to which in the Q-Former's self-attention, bool (N, 1, K + T, K + T); is_token
+    (N, K + T) is False at padding. A row attends to the columns with a 1; here with two queries and three
+    tokens:
 
         itc  q q t t t      itm  q q t t t      itg  q q t t t
            q 1 1 . . .         q 1 1 1 1 1         q 1 1 . . .
@@ -604,9 +611,9 @@ def qformer_mask(objective, n_queries, is_token):
 
     itc  image and caption are compared as two embeddings: no information may leak between them
     itm  do image and caption match? Everything attends to everything
-    itg  the caption is generated token by token from the queries, which must not see it
+    itg  the caption is generated token by token from the queries, which must not attend to it
     """
-    mask = is_token.new_ones(is_token.shape[1], is_token.shape[1])               # (K + T, K + T)
+    mask = is_token.new_ones(is_token.shape[1], is_token.shape[1])              # (K + T, K + T)
     if objective != 'itm':
         mask[:n_queries, n_queries:] = False
     if objective == 'itc':
@@ -618,21 +625,22 @@ def qformer_mask(objective, n_queries, is_token):
 
 class QFormer(Freezable):
     """
-    BLIP-2's Querying Transformer: n_queries learned vectors that attend to an image and carry what they read. A BERT in
-    which the queries attend to the image in every qformer_cross_every-th layer, from the first on. With vocab_size > 0
-    it reads text too, which the first stage of training needs; as a connector it does not.
+    BLIP-2's Querying Transformer: n_queries trained vectors that attend to an image and carry what they
+    read. A BERT in which the queries attend to the image in every qformer_cross_every-th layer, from the
+    first on. With vocab_size > 0 it reads text too, which the first stage of training needs; as a connector
+    it does not.
 
-    forward(image (N, L, D), valid (N, L), ids (N, T)) -> queries (N, K, C), text (N, T, C). Without an image (None)
-    there are no queries, without ids no text. ids are padded with -1, features of images by `valid`; objective as in
+    forward(image (N, L, D), valid (N, L), ids (N, T)) -> queries (N, K, C), text (N, T, C). Without an
+    image (None) there are no queries, without ids no text. ids are padded with -1; objective as in
     `qformer_mask`.
     """
 
     def __init__(self, config, image_width, vocab_size=0):
         super().__init__()
-        width, n_layer = config.qformer_n_embd, config.qformer_n_layer
+        width = config.qformer_n_embd
         if width % config.qformer_n_head:
             raise ValueError(f'qformer_n_embd ({width}) must be a multiple of qformer_n_head ({config.qformer_n_head})')
-        if config.n_queries < 1 or n_layer < 1 or config.qformer_cross_every < 1:
+        if min(config.n_queries, config.qformer_n_layer, config.qformer_cross_every) < 1:
             raise ValueError('a Q-Former needs n_queries, qformer_n_layer and qformer_cross_every of at least 1')
         self.ln_image = nn.LayerNorm(image_width, eps=1e-6)
         self.queries = nn.Parameter(torch.empty(config.n_queries, width))
@@ -640,7 +648,7 @@ class QFormer(Freezable):
         self.wpe = nn.Embedding(config.block_size, width) if vocab_size else None
         self.ln_embed = nn.LayerNorm(width, eps=1e-12)
         self.h = nn.ModuleList([QFormerBlock(config, image_width, i % config.qformer_cross_every == 0, vocab_size > 0)
-                                for i in range(n_layer)])
+                                for i in range(config.qformer_n_layer)])
         for name, p in self.named_parameters():  # as BERT's
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -650,17 +658,17 @@ class QFormer(Freezable):
     def forward(self, image=None, valid=None, ids=None, objective='itc'):
         N = len(image if ids is None else ids)
         K = 0 if image is None else len(self.queries)
-        x = self.queries[:K].expand(N, -1, -1)                                           # (N, K, C)
+        x = self.queries[:K].expand(N, -1, -1)                                  # (N, K, C)
         is_token = torch.ones(N, K, dtype=torch.bool, device=x.device)
         if ids is not None:
-            text = self.wte(ids.clamp(min=0)) + self.wpe.weight[:ids.shape[1]]       # (N, T, C)
+            text = self.wte(ids.clamp(min=0)) + self.wpe.weight[:ids.shape[1]]  # (N, T, C)
             x = torch.cat([x, text], dim=1)
-            is_token = torch.cat([is_token, ids >= 0], dim=1)                        # (N, K + T)
+            is_token = torch.cat([is_token, ids >= 0], dim=1)                   # (N, K + T)
         x = self.ln_embed(x)
         mask = qformer_mask(objective, K, is_token)
         if image is not None:
             image = self.ln_image(image)
-            valid = padding_mask(valid)                                              # (N, 1, 1, L)
+            valid = padding_mask(valid)                                         # (N, 1, 1, L)
         for block in self.h:
             x = block(x, K, mask, image, valid)
         return x[:, :K], x[:, K:]
@@ -668,12 +676,9 @@ class QFormer(Freezable):
 
 class Connector(Freezable):
     """
-    Features (N, L, C) to embeddings (N, L, n_embd).
-
-    linear   one matrix: LLaVA's first
-    mlp      Linear, GELU, Linear: LLaVA-1.5's mlp2x_gelu
-    pool     the same mlp, on the means that `pool` makes
-    qformer  the same mlp, on the queries of a Q-Former
+    Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others:
+    Linear, GELU, Linear, LLaVA-1.5's mlp2x_gelu; on all features (mlp), on their means (pool), on the
+    queries of a Q-Former (qformer).
     """
 
     def __init__(self, config, width):
@@ -691,17 +696,17 @@ class Connector(Freezable):
 
 class Vision(nn.Module):
     """
-    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd) and their validity (N, L'). Cached
-    features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
-    load=False reads no published weights: those of a checkpoint come next. With pretraining=True, in BLIP-2's first
-    stage, there is no GPT to connect to, and the Q-Former reads text itself.
+    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd) and which are valid (N,
+    L'). Cached features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
+    load=False reads no published weights: those of a checkpoint come next. With pretraining=True, in
+    BLIP-2's first stage, there is no GPT to connect to, and the Q-Former reads text itself.
     """
 
     def __init__(self, config, load=True, pretraining=False):
         super().__init__()
         if config.vision_encoder != 'vit' and not is_pretrained(config):
-            raise ValueError('vision_encoder must be vit, an encoder of open_clip like ViT-L-14-quickgelu/openai, or one of '
-                             f'timm like timm/vit_small_patch14_dinov2.lvd142m, got {config.vision_encoder!r}')
+            raise ValueError('vision_encoder must be vit, an encoder of open_clip like ViT-L-14-quickgelu/openai, '
+                             f'or timm/NAME, got {config.vision_encoder!r}')
         self.config = config
         self.encoder = PretrainedEncoder(config, load) if is_pretrained(config) else ViT(config)
         width = self.encoder.width
@@ -721,14 +726,14 @@ class Vision(nn.Module):
         x, valid = self.features(patches, grid)
         if self.qformer is not None:
             x, _ = self.qformer(x, valid)
-            valid = valid.any(1, keepdim=True).expand(-1, x.shape[1])  # all queries of an image, none of mere padding
+            valid = valid.any(1, keepdim=True).expand(-1, x.shape[1])  # none of mere padding
         return self.connector(x), valid
 
     @torch.no_grad()
     def match_rms(self, rms):
         """
-        Scales the connector's last layer so that image embeddings enter a trained GPT with the RMS of its token
-        embeddings, `rms`, measured on a seeded image of soft blots. If image embeddings are much smaller or larger
+        Scales the connector's last layer so that image embeddings enter a trained GPT with the RMS of its
+        token embeddings, `rms`, measured on a seeded image. If image embeddings are much smaller or larger
         than token embeddings, training starts badly.
         """
         blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -740,7 +745,7 @@ class Vision(nn.Module):
 
 
 def group_parameters(model):
-    """{part: {name: parameter}} of a model: the parts that can have a learning rate each, in the order of the data."""
+    """{part: {name: parameter}} of a model: the parts that can have a learning rate each."""
     groups = {'vision': {}, 'qformer': {}, 'connector': {}, 'gpt': {}}
     for name, p in model.named_parameters():
         part = name.split('.')[1] if name.startswith('vision.') else 'gpt'
@@ -753,18 +758,19 @@ def group_parameters(model):
 
 class QFormerPretraining(nn.Module):
     """
-    Trains encoder and Q-Former on images and their captions by up to three objectives (config.objective), as BLIP-2
-    does; a GPT can then take both over (train.py's vision_from).
+    Trains encoder and Q-Former on images and captions by up to three objectives (config.objective), as
+    BLIP-2 does; a GPT can then take both over (train.py's vision_from).
 
-        itc  contrast: image and caption become embeddings (proj_dim). Each image has to find its caption among those of
-             all ranks, and each caption its image. The similarity is that of the query closest to the caption
-        itm  matching: does this caption belong to this image? Asked of the pair, of the image with a wrong caption, and
-             of the caption with a wrong image, both sampled from those that ITC finds most similar in the micro-batch
+        itc  contrast: each image has to find its caption among those of all ranks, and each caption its image, by
+             embeddings (proj_dim). Their similarity is that of the query closest to the caption
+        itm  matching: does this caption belong to this image? Asked of the pair, of the image with a wrong caption and
+             of the caption with a wrong image, both sampled from the micro-batch, the more similar the more
+             often
         itg  generation: the caption token by token, from what the queries read
 
-    It has the contract of model.py's GPT. Its batches are those of a GPT: the caption of a row is what a GPT would
-    learn to generate after the row's one image. Two ids of its own, CLS and DEC, are prepended to a caption that is
-    compared, and to one that is generated. Raises ValueError for an unknown objective.
+    It has the contract of model.py's GPT, and a GPT's batches: the caption is what is in the loss of a row.
+    Two ids of its own, CLS and DEC, are prepended to a caption that is compared, and to one that is
+    generated. Raises ValueError for an unknown objective.
     """
 
     smoothing = 0.1  # of the labels of ITC and ITG
@@ -775,7 +781,7 @@ class QFormerPretraining(nn.Module):
         if self.objectives not in (['itc'], ['itc', 'itm'], ['itc', 'itm', 'itg']):
             raise ValueError(f'objective must be lm, itc, itc+itm or itc+itm+itg, got {config.objective!r}')
         if not config.vision_encoder or config.connector != 'qformer':
-            raise ValueError(f'objective {config.objective} trains a Q-Former on top of an encoder: set --connector=qformer '
+            raise ValueError(f'objective {config.objective} trains encoder and Q-Former: set --connector=qformer '
                              'and a --vision_encoder')
         self.config = config
         width = config.qformer_n_embd
@@ -799,7 +805,7 @@ class QFormerPretraining(nn.Module):
 
     def project_image(self, features, valid):
         queries, _ = self.vision.qformer(features, valid)
-        return F.normalize(self.image_proj(queries), dim=-1)                             # (N, K, proj_dim)
+        return F.normalize(self.image_proj(queries), dim=-1)                    # (N, K, proj_dim)
 
     def text_embeds(self, ids):
         """Captions (N, T), padded with -1 -> an embedding of length 1 each, (N, proj_dim)."""
@@ -816,24 +822,24 @@ class QFormerPretraining(nn.Module):
 
     def captions(self, batch):
         """
-        The ids in the loss, (B, block_size), padded with -1. Raises ValueError unless each row has one image and a
-        caption. The images of a row are counted by their <image> ids, n_queries each.
+        The ids in the loss, (B, block_size), padded with -1. Raises ValueError unless each row has one
+        image, counted by its n_queries <image> ids, and a caption.
         """
         idx, targets = batch['idx'], batch['targets']
-        n_images = (idx == self.config.image_token).sum(1) / self.config.n_queries       # (B)
-        length = (targets >= 0).sum(1)                                                   # (B)
+        n_images = (idx == self.config.image_token).sum(1) / self.config.n_queries  # (B)
+        length = (targets >= 0).sum(1)                                          # (B)
         wrong = (n_images != 1) | (length < 2)  # the end token alone is no caption
         if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, but an example '
-                             f'has {int(n_images[row])} images and a caption of {max(0, int(length[row]) - 1)} tokens')
+            raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, but '
+                             f'an example has {n_images[wrong][0]:g} images and a caption of '
+                             f'{max(0, length[wrong][0] - 1)} tokens')
         order = torch.argsort(targets < 0, dim=1, stable=True)  # brings the caption to the front
         extra = self.config.block_size - targets.shape[1]  # below 0, F.pad crops
         return F.pad(targets.gather(1, order), (0, extra), value=-1)
 
     def forward(self, batch):
         """A batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs B}."""
-        ids = self.captions(batch)                                                       # (B, block_size)
+        ids = self.captions(batch)                                              # (B, block_size)
         features, valid = self.vision.features(*batch['images'])
         losses = {}
         losses['itc'], to_text, to_image, same = self.contrast(features, valid, ids)
@@ -845,41 +851,40 @@ class QFormerPretraining(nn.Module):
 
     def contrast(self, features, valid, ids):
         """
-        ITC: its loss, and of this rank's own pairs the similarities image to text and text to image, and which captions
-        are the same, (B, B) each.
+        ITC: its loss, and of this rank's own pairs the similarities image to text and text to image, and
+        which captions are the same, (B, B) each.
         """
         B = len(ids)
-        image = self.project_image(features, valid)                                      # (B, K, D)
-        text = self.text_embeds(ids)                                                     # (B, D)
-        all_embeds = torch.cat([image, text[:, None]], dim=1)                        # (A, K + 1, D)
-        all_ids = ids                                                                # (A, block_size)
+        image = self.project_image(features, valid)                             # (B, K, D)
+        text = self.text_embeds(ids)                                            # (B, D)
+        all_embeds = torch.cat([image, text[:, None]], dim=1)                   # (A, K + 1, D)
+        all_ids = ids                                                           # (A, block_size)
         rank_offset = 0
         if self.training and dist.is_initialized():
             all_embeds = Gather.apply(all_embeds)
             all_ids = Gather.apply(ids)
             rank_offset = dist.get_rank() * B
         # of two images with the same caption neither is wrong
-        same = (ids[:, None] == all_ids).all(-1)                                         # (B, A)
+        same = (ids[:, None] == all_ids).all(-1)                                # (B, A)
         targets = same / same.sum(1, keepdim=True)
         scale = self.logit_scale.exp().clamp(max=100)
         to_text = scale * torch.einsum('bkd,ad->bak', image, all_embeds[:, -1]).amax(-1)  # (B, A)
         to_image = scale * torch.einsum('bd,akd->bak', text, all_embeds[:, :-1]).amax(-1)  # (B, A)
-        scores = torch.cat([to_text, to_image]).float()                              # (2 B, A)
-        loss = F.cross_entropy(scores, targets.repeat(2, 1), label_smoothing=self.smoothing)
+        loss = sum(F.cross_entropy(s.float(), targets, label_smoothing=self.smoothing) for s in (to_text, to_image)) / 2
         own = slice(rank_offset, rank_offset + B)
         return loss, to_text[:, own], to_image[:, own], same[:, own]
 
     def match(self, features, valid, ids, to_text, to_image, same):
-        """ITM: matching pairs and hard negatives, 1 to 2. A row all of whose captions are the same has no negatives."""
+        """ITM: matching pairs and hard negatives, 1 to 2. Rows that all have one caption have no negatives."""
         has_negative = (~same).any(1)
         if self.training and not has_negative.any():
             raise ValueError('all captions of a micro-batch are the same: itm needs a wrong one; raise batch_size')
         own = torch.arange(len(ids), device=ids.device)
-        others = own[has_negative]                                                       # (M)
-        wrong_text = sample_hard_negatives(to_text[others], same[others])                # (M)
-        wrong_image = sample_hard_negatives(to_image[others], same[others])              # (M)
-        images = torch.cat([own, others, wrong_image])                                   # (B + 2 M)
-        texts = torch.cat([own, wrong_text, others])                                     # (B + 2 M)
+        others = own[has_negative]                                              # (M)
+        wrong_text = sample_hard_negatives(to_text[others], same[others])       # (M)
+        wrong_image = sample_hard_negatives(to_image[others], same[others])     # (M)
+        images = torch.cat([own, others, wrong_image])                          # (B + 2 M)
+        texts = torch.cat([own, wrong_text, others])                            # (B + 2 M)
         opened = self.prepend_token(ids[texts], self.cls)
         queries, _ = self.vision.qformer(features[images], valid[images], opened, 'itm')
         matches = torch.arange(len(images), device=ids.device) < len(own)
@@ -895,7 +900,7 @@ class QFormerPretraining(nn.Module):
 
 
 class Gather(torch.autograd.Function):
-    """x of all ranks, concatenated. The gradients that all of them have for this rank's x come back to it, summed."""
+    """x of all ranks, concatenated. The gradients that all ranks have for this rank's x come back to it, summed."""
 
     @staticmethod
     def forward(ctx, x):
@@ -914,4 +919,4 @@ class Gather(torch.autograd.Function):
 def sample_hard_negatives(similarity, same):
     """For each row of (M, B) one column that is not the same; the more similar, the more likely."""
     weights = similarity.float().softmax(1).masked_fill(same, 0) + 1e-9 * ~same
-    return torch.multinomial(weights, 1).squeeze(1) if len(weights) else weights.new_zeros(0, dtype=torch.long)
+    return torch.multinomial(weights, 1).squeeze(1)
