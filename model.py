@@ -371,8 +371,7 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         device = idx.device
-        if lengths is None:
-            lengths = torch.full((B,), T, device=device)
+        lengths = torch.full((B,), T, device=device) if lengths is None else lengths
         prompt_mask = torch.arange(T, device=device) < lengths[:, None]         # (B, T)
         idx = idx.masked_fill(~prompt_mask, -1)
         x, pos = self.embed(idx, images)                                        # (B, T, C), (B, T)
@@ -389,9 +388,10 @@ class GPT(nn.Module):
         out = F.pad(idx.masked_fill(~prompt_mask, pad_id), (0, steps), value=pad_id)  # (B, S)
         logprobs = torch.zeros((B, S), device=device)
         done = torch.zeros(B, dtype=torch.bool, device=device)
-        end = T
+        slots = torch.arange(S, device=device)
+        column = lengths - 1
         for step in range(steps):
-            mask = torch.arange(S, device=device) <= cache_pos[:, None, :, None]  # (B, 1, T or 1, S)
+            mask = slots <= cache_pos[:, None, :, None]                         # (B, 1, T or 1, S)
             x = self.run_blocks(x, pos, lora_mask, caches, cache_pos, mask)     # (B, T or 1, C)
             logits = self.next_logits(x[rows, last], allowed)                   # (B, vocab_size)
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
@@ -401,7 +401,6 @@ class GPT(nn.Module):
                 logprobs[rows, column] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = new.masked_fill(done, pad_id)
             out[rows, column] = new
-            end = int(column.max()) + 1
             done = done | torch.isin(new, stop_ids)
             if done.all():
                 break
@@ -411,6 +410,7 @@ class GPT(nn.Module):
             pos = (pos[rows, last, None] + 1).clamp(max=self.config.block_size - 1)  # (B, 1)
             x = self.add_position_embedding(self.transformer.wte(new[:, None]), pos)  # (B, 1, C)
             last = 0
+        end = int(column.max()) + 1
         return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
 
     def next_logits(self, x, allowed):
@@ -421,12 +421,12 @@ class GPT(nn.Module):
         return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
 
     def empty_cache(self, batch_size, length):
-        """Keys and values of each layer, (n_layer, 2, B, S, n_kv_head, hs)."""
+        """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer."""
         weight = self.lm_head.weight
         attn = self.transformer.h[0].attn
         shape = (self.config.n_layer, 2, batch_size, length, attn.n_kv_head, attn.head_dim)
         dtype = self.lm_head(weight[:1]).dtype  # under autocast not that of the weights
-        return torch.zeros(shape, dtype=dtype, device=weight.device)
+        return [pair.unbind() for pair in torch.zeros(shape, dtype=dtype, device=weight.device)]
 
     # -------------------------------------------------------------------------
     # surgery

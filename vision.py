@@ -187,8 +187,9 @@ def crop_line(image):
     strongest contrast. The baseline is the row below which most ink ends. An image without ink is returned
     as it is.
     """
-    gray = np.asarray(image.convert('L'), dtype=np.float32)                     # (H, W)
-    contrast = np.abs(gray - np.median(gray))
+    gray = np.asarray(image.convert('L'))                                       # (H, W)
+    background = np.bincount(gray.ravel()).cumsum().searchsorted(gray.size / 2)  # the median, faster
+    contrast = np.abs(gray.astype(np.float32) - background)
     ink = contrast > max(16, contrast.max() / 4)
     box = Image.fromarray(ink).getbbox()
     if box is None:
