@@ -1,29 +1,17 @@
 r"""
 Raw data -> examples -> token batches: everything that happens to a batch before the model, read from top to bottom.
-
-    open_rows      name or path of a dataset -> its rows, {"text": ...} or {"messages": ...}, each with "images"
-    Examples       row -> example; plain text becomes images here, by one of the TASKS ocr, continuation, text
-    load_image     any image file -> RGB
-    get_tokenizer  bytes, gpt2, nanoGPT's meta.pkl or any tokenizer.json -> ids, with the model's own chat template
-    tokenize       example -> ids, targets, images; each <image> widened to as many ids as the encoder gives tokens
-    collate        examples -> one padded batch
-    Batches        the micro-batches of a run, a pure function of (seed, index): resuming needs no loader state
-
-The example format is a JSON line, with image files next to it (drawn text has PIL images in their place):
+An example is a JSON line, with image files next to it (drawn text has PIL images in their place):
 
     {"messages": [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}],
      "images": ["images/1.jpg"]}
     {"text": "A paragraph. <image> Another paragraph. <image>", "images": ["images/2.jpg", "images/3.png"]}
     {"text": "<image>A cat on a mat.", "images": ["photos.zip/4.jpg"], "references": ["A cat on a mat.", "A mat with a cat."]}
 
-"references" are all the correct captions of a held-out image. As a script this file writes datasets to
-data/NAME/{train,val}.jsonl and shows what is in them; `prepare_data.py COMMAND --help` lists the knobs of a command:
+"references" are all the correct captions of a held-out image. As a script this file writes datasets to data/NAME/
+{train,val}.jsonl; `prepare_data.py --help` lists the commands, `prepare_data.py COMMAND --help` their knobs:
 
     $ python prepare_data.py text --source=HuggingFaceFW/fineweb --subset=sample-10BT --max_examples=100000 --name=fineweb
-    $ python prepare_data.py shapes                                              # drawn here, nothing is downloaded
-    $ python prepare_data.py llava_instruct --image_dir=coco/train2017           # llava_pretrain, llava_cc3m, sharegpt4v
     $ python prepare_data.py llava_instruct --source=MINE.json --image_dir=FOLDER_OR_ZIP --name=mine
-    $ python prepare_data.py coco_captions --source=annotations --image_dir=coco
     $ python prepare_data.py cc3m --max_examples=100000                          # or --source=FOLDER of .tar or img2dataset's
     $ python prepare_data.py features --dataset=mine --vision_encoder=ViT-L-14-quickgelu/openai
     $ python prepare_data.py show --dataset=mine --index=3                       # an example, and what of it is in the loss
@@ -32,7 +20,6 @@ data/NAME/{train,val}.jsonl and shows what is in them; `prepare_data.py COMMAND 
 import bisect
 import contextlib
 import dataclasses
-import fileinput
 import functools
 import glob
 import hashlib
@@ -49,16 +36,14 @@ import struct
 import sys
 import tarfile
 import tempfile
-import threading
+import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from pathlib import Path
 
 import huggingface_hub
-import jinja2
-import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 import safetensors.torch
@@ -75,6 +60,17 @@ from configurator import run, run_command
 
 IMAGE, USER, ASSISTANT, END = '<image>', '<|user|>', '<|assistant|>', '<|endoftext|>'
 
+
+@contextlib.contextmanager
+def explain_errors(problem, advice):
+    """Turns any exception (parsers and hub clients have many of their own) into a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:
+        detail = f'{type(error).__name__}: {error}'.partition('\n')[0]
+        raise ValueError(f'{problem} ({detail}): {advice}') from error
+
+
 # -----------------------------------------------------------------------------
 # rows
 
@@ -83,14 +79,8 @@ VAL_EVERY = 20  # one row of so many is held out where a dataset comes in one pi
 
 def open_rows(dataset, split):
     """
-    The rows of a dataset as a sequence of examples. `split` is 'train' or 'val'. `dataset` is
-
-        pydoc            the Python language reference that is part of every CPython; whole topics are held out
-        a folder         with train.jsonl and val.jsonl, or with .txt, .jsonl and .parquet files to be split here
-        a file           .txt (cut at blank lines), .jsonl or .parquet
-        any other name   data/NAME/train.jsonl and val.jsonl, as the commands of this script write them
-
-    Rows with blank text are left out. Raises ValueError if there is no such dataset, or a line of it is broken.
+    The examples of one side, 'train' or 'val', of a dataset: pydoc (Python's language reference), a .txt, .jsonl or .parquet
+    file or a folder of them, or a folder with train.jsonl and val.jsonl, as data/NAME. ValueError if there is none.
     """
     if dataset == 'pydoc':
         return pydoc_rows(split)
@@ -98,18 +88,15 @@ def open_rows(dataset, split):
     if any(map(os.path.isfile, files.values())):
         return FileRows(files[split])
     if not os.path.exists(dataset):
-        command = f'text --source=HUB_NAME_OR_FILE --name={dataset}'
-        if dataset in COMMANDS:
-            command = dataset + (' --image_dir=FOLDER_OR_ZIP' if dataset in LLAVA else '')
+        command = dataset if dataset in COMMANDS else f'text --source=HUB_NAME_OR_FILE --name={dataset}'
+        command += ' --image_dir=FOLDER_OR_ZIP' if dataset in LLAVA else ''
         raise ValueError(f'no dataset {dataset!r}: expected pydoc, a file, a folder, or {files[split]}, which '
                          f'"python prepare_data.py {command}" writes')
-    paths = list_files(dataset)
-    rows = {name: [FileRows(path, name) for path in paths] for name in files}
-    counts = {name: sum(map(len, rows[name])) for name in rows}
-    if not all(counts.values()):
-        raise ValueError(f'{dataset} has {sum(counts.values())} rows with text in .txt, .jsonl or .parquet files, of which '
-                         f'{counts["val"]} are held out, one of {VAL_EVERY} by a hash of its image or text: that takes at '
-                         f'least {VAL_EVERY}, better many more, or train.jsonl and val.jsonl')
+    rows = {side: [FileRows(path, side) for path in list_files(dataset)] for side in files}
+    n_train, n_val = (sum(map(len, side_rows)) for side_rows in rows.values())
+    if not n_train or not n_val:
+        raise ValueError(f'{dataset} has {n_train + n_val} rows with text in .txt, .jsonl or .parquet files, of which {n_val} '
+                         f'are held out by a hash: that takes at least {VAL_EVERY}, or train.jsonl and val.jsonl')
     return ConcatDataset(rows[split])
 
 
@@ -119,27 +106,22 @@ def dataset_folder(dataset):
 
 def list_files(path, endings=('.txt', '.jsonl', '.parquet')):
     """The files at or below a path that have one of the endings, sorted."""
-    files = [path] if os.path.isfile(path) else [
-        os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
+    files = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
+    files = [path] if os.path.isfile(path) else files
     return sorted(file for file in files if file.lower().endswith(endings))
 
 
 class FileRows:
-    """
-    The rows of a .txt, .jsonl or .parquet file, read when asked for. The file's index says where they are, memory-mapped, so
-    that ten million take no memory (a .txt is held in memory). With `split`, 'train' or 'val', only the rows of that side.
-    """
+    """The rows of a file, or those on one side, read when asked for. Their positions are memory-mapped."""
 
     def __init__(self, path, split=''):
         self.path = path
         self.split = split
         self.table = None if path.endswith('.jsonl') else open_table(path)
-        build = functools.partial(index_rows, every=VAL_EVERY if split else 0)
-        index = map_index(path, build, np.int64, 'split-index' if split else 'index')
-        n_train = len(index) - 1 - index[-1]
-        if len(index) == 1 and self.table is None:
+        build = functools.partial(index_rows, split=split)
+        self.positions = map_index(path, build, np.int64, f'{split}.index' if split else 'index')
+        if not split and not len(self):
             raise ValueError(f'{path} holds no row')
-        self.positions = index[n_train:-1] if split == 'val' else index[:n_train]
 
     def __len__(self):
         return len(self.positions)
@@ -162,17 +144,12 @@ def open_table(path):
         with open(path, encoding='utf-8', errors='replace') as f:
             return [{'text': text} for text in split_paragraphs(f.read())]
     import datasets  # memory-maps what it reads; takes a second to import, so only here
-    try:
+    with explain_errors(f'{path} is not a parquet file that can be read', 'write it anew'):
         return datasets.load_dataset('parquet', data_files=path, split='train')
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f'{path} is not a parquet file that can be read: {error}') from error
 
 
 def scan_file(path):
-    """
-    (position, row as it stands there, example) of each row of a file whose text is not blank. Positions are byte offsets in a
-    .jsonl, else numbers. Raises ValueError, naming the line, for a row that is broken or not understood.
-    """
+    """Yields (position: byte offset or number, row, example) of each row with text. ValueError names a broken line."""
     is_jsonl = path.endswith('.jsonl')
     position = 0
     with open(path, 'rb') as f:
@@ -190,32 +167,34 @@ def scan_file(path):
             position += size
 
 
+def index_rows(path, f, split):
+    """Writes the positions of a file's rows to f, int64; with `split` only of those on that side."""
+    for position, row, _ in scan_file(path):
+        if not split or is_held_out(holdout_key(row), VAL_EVERY) == (split == 'val'):
+            f.write(struct.pack('<q', position))
+
+
 def split_paragraphs(text, min_chars=600):
-    """Cuts a long text at blank lines into pieces of at least min_chars characters (the last one may be shorter)."""
-    pieces, piece = [], ''
-    for paragraph in re.split(r'\n\s*\n', text):
-        if paragraph.strip():
-            piece += ('\n\n' if piece else '') + paragraph
-        if len(piece) >= min_chars:
-            pieces.append(piece)
-            piece = ''
-    return pieces + [piece] if piece else pieces
+    """Cuts a text at blank lines into pieces of at least min_chars characters (the last one may be shorter)."""
+    pieces = ['']
+    for paragraph in filter(str.strip, re.split(r'\n\s*\n', text)):
+        if len(pieces[-1]) >= min_chars:
+            pieces.append('')
+        pieces[-1] += ('\n\n' if pieces[-1] else '') + paragraph
+    return list(filter(None, pieces))
 
 
 def pydoc_rows(split):
-    """
-    The topics of `help()` in pieces. One topic of ten is held out, and so is every paragraph of it that other topics
-    repeat. Lines without a letter, rules and table borders, are left out.
-    """
+    """The topics of `help()` in pieces. One topic of ten is held out, with every paragraph that other topics repeat."""
     from pydoc_data.topics import topics
-    paragraphs = {'val': {}, 'train': {}}  # without white space -> as it stands; a dict keeps their order
+    paragraphs = {}  # without white space -> (is held out, as it stands)
     for name in sorted(topics, key=lambda name: (not is_held_out(name, 10), name)):  # held-out topics first
+        # without rules and table borders
         text = '\n'.join(line for line in topics[name].split('\n') if not line.strip() or re.search('[A-Za-z]', line))
         for paragraph in re.split(r'\n\s*\n', text):
-            key = ''.join(paragraph.split())
-            if key not in paragraphs['val']:
-                paragraphs['val' if is_held_out(name, 10) else 'train'].setdefault(key, paragraph)
-    return [{'text': piece, 'images': []} for piece in split_paragraphs('\n\n'.join(paragraphs[split].values()))]
+            paragraphs.setdefault(''.join(paragraph.split()), (is_held_out(name, 10), paragraph))
+    text = '\n\n'.join(paragraph for is_val, paragraph in paragraphs.values() if is_val == (split == 'val'))
+    return [{'text': piece, 'images': []} for piece in split_paragraphs(text)]
 
 
 # -----------------------------------------------------------------------------
@@ -228,31 +207,23 @@ ROLES = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assi
 
 
 def to_example(row, folder):
-    """
-    A row -> {'messages': [{'role', 'content'}] or 'text', 'images': [paths]} and its other keys. Understood are TRL's and
-    LLaMA-Factory's rows, which are ours, LLaVA's "conversations", and "image", "image_path", "image_paths". Relative paths
-    start at `folder`, the file's own. Images that the text does not mention come first: an <image> for each in front of the
-    first user's turn, or of the text. Raises ValueError for a row without text, or with an image that is not understood.
-    """
-    if not isinstance(row, dict):
+    """A row of TRL, LLaMA-Factory or LLaVA -> an example, its images' paths joined to `folder`. ValueError if it is none."""
+    turns = isinstance(row, dict) and (row.get('conversations') or row.get('messages'))
+    if not turns and not (isinstance(row, dict) and isinstance(row.get('text', 0), str | None)):
         raise ValueError(f'expected an object with "text" or "messages", got {str(row)[:60]}')
     example, images = {}, []
     for key, value in row.items():
         if value and LOOKS_LIKE_IMAGE.fullmatch(key) and not isinstance(value, (int, float)):
             paths = value if isinstance(value, list) else [value]
             if images or key not in IMAGE_KEYS or not all(isinstance(path, str) for path in paths):
-                raise ValueError(f'the key "{key}" looks like an image and is not understood: expected one key, "images", '
-                                 'with a list of paths')
+                raise ValueError(f'the key "{key}" looks like an image and is not understood: expected "images", a list')
             images = [os.path.join(folder, path) for path in paths]
-        elif value is not None and key not in IMAGE_KEYS:
+        elif value is not None and key not in (*IMAGE_KEYS, 'conversations', 'messages'):
             example[key] = value
-    turns = example.pop('conversations', None) or example.get('messages')
     if turns:
         example['messages'] = [to_message(turn) for turn in turns]
-    elif 'text' in row:
+    else:
         example.setdefault('text', '')  # null is blank
-    if not turns and not isinstance(example.get('text'), str):
-        raise ValueError(f'expected an object with "text" or "messages", got {str(row)[:60]}')
     if images:
         place_images(example, len(images))
     return {**example, 'images': images}
@@ -267,15 +238,12 @@ def to_message(turn):
             content = ''.join(map(part_to_text, content))
         return {'role': role, 'content': content + ''}
     except (AttributeError, KeyError, TypeError):
-        raise ValueError('expected a message by "user", "assistant" or "system" with a "content" of texts and images, got '
-                         f'{str(turn)[:60]}') from None
+        raise ValueError(f'expected a message by user, assistant or system with "content", got {str(turn)[:60]}') from None
 
 
 def part_to_text(part):
     part = {key: value for key, value in part.items() if value is not None}
-    if part == {'type': 'image'}:  # the image itself is in "images"
-        return IMAGE
-    return {'text': part['text']}[part['type']]
+    return IMAGE if part == {'type': 'image'} else {'text': part['text']}[part['type']]  # the image itself is in "images"
 
 
 def place_images(example, n_images):
@@ -310,68 +278,40 @@ def holdout_key(row):
 
 
 def shuffled_index(i, n, key):
-    """
-    Number i of a random order of range(n). `key` chooses the order. A Feistel network permutes the numbers of an even
-    count of bits; a result that is not below n is permuted again.
-    """
+    """Number i of the random order of range(n) that `key` chooses, by a Feistel network on an even count of bits."""
     half = ((n - 1).bit_length() + 1) // 2
     while True:
         left, right = i >> half, i % (1 << half)
         for r in range(4):
             left, right = right, left ^ hash64(f'{key} {r} {right}') % (1 << half)
         i = left << half | right
-        if i < n:
+        if i < n:  # else it is permuted again
             return i
 
 
-# -----------------------------------------------------------------------------
-# index files: where the rows of a .jsonl and the members of an archive are
-
 def map_index(path, build, dtype, suffix='index'):
     """
-    The index of a file as a memory-mapped array. It is PATH.index, or in the user's cache folder where that cannot be
-    written. If there is none, or the file has changed since, build(path, file) writes it.
+    The memory-mapped index of a file, PATH.index, or in the user's cache folder where that cannot be written. If there is
+    none, or the file has changed since, build(path, file) writes it.
     """
     status = os.stat(path)
     header = struct.pack('<qq', status.st_size, status.st_mtime_ns)
     path = os.path.abspath(path)
     cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     candidates = [f'{path}.{suffix}', os.path.join(cache, 'glimpse', f'{hash64(path):x}.{suffix}')]
-    index = next((index for index in candidates if starts_with(index, header)), '')
-    if not index:
-        index = candidates[0] if os.access(os.path.dirname(path), os.W_OK) else candidates[1]
-        os.makedirs(os.path.dirname(index), exist_ok=True)
-        part = f'{index}.{os.getpid()}.{threading.get_ident()}'
-        try:
-            with open(part, 'wb') as f:
-                f.write(header)
-                build(path, f)
-            os.replace(part, index)  # so that an interrupted command leaves no half index
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
-    # unlike np.memmap this keeps no file open: there may be thousands of archives
-    mapped = torch.from_file(index, False, os.path.getsize(index), dtype=torch.uint8).numpy()
-    return mapped[len(header):].view(dtype)
-
-
-def starts_with(path, header):
-    if not os.path.isfile(path):
-        return False
-    with open(path, 'rb') as f:
-        return f.read(len(header)) == header
-
-
-def index_rows(path, f, every):
-    """Writes int64 to f: the positions of the rows to train on, of those held out (none if every is 0), the latter's number."""
-    with tempfile.TemporaryFile() as held_out:
-        for position, row, _ in scan_file(path):
-            is_val = every and is_held_out(holdout_key(row), every)
-            (held_out if is_val else f).write(struct.pack('<q', position))
-        n_held_out = held_out.tell() // 8
-        held_out.seek(0)
-        shutil.copyfileobj(held_out, f)
-    f.write(struct.pack('<q', n_held_out))
+    for index in filter(os.path.isfile, candidates):
+        # unlike np.memmap this keeps no file open: there may be thousands of archives
+        mapped = torch.from_file(index, False, os.path.getsize(index), dtype=torch.uint8).numpy()
+        if mapped[:len(header)].tobytes() == header:
+            return mapped[len(header):].view(dtype)
+    index = candidates[0] if os.access(os.path.dirname(path), os.W_OK) else candidates[1]
+    os.makedirs(os.path.dirname(index), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(index)) as folder:  # so that no half index is left
+        with open(os.path.join(folder, 'index'), 'wb') as f:
+            f.write(header)
+            build(path, f)
+        os.replace(f.name, index)
+    return map_index(path, build, dtype, suffix)
 
 
 # -----------------------------------------------------------------------------
@@ -396,10 +336,7 @@ def text_span(text, rng, min_chars, max_chars):
 
 
 def render_text(text, rng, config):
-    """
-    The text drawn into the config's box, shortened until it fits. Returns the text as drawn and the image; ('', None) for a
-    text of which the font has no character.
-    """
+    """The text, shortened until it fits into the config's box, and its image; ('', None) if the font has no glyph of it."""
     font = rng.choice(render.list_fonts(config.font))
     text = render.strip_unsupported(text, font)
     text = ' '.join(text.split()) if config.one_line else text
@@ -425,15 +362,11 @@ def ocr(text, rng, config, length_scale=1.0):
     if not span:  # the font can draw nothing of it: it stays text
         return {'text': text}
     messages = [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}]
-    example = {'messages': messages, 'images': [image]}
-    return {**example, 'char_level': True} if config.char_level else example
+    return {'messages': messages, 'images': [image], 'char_level': config.char_level}
 
 
 def continuation(text, rng, config, length_scale=1.0):
-    """
-    Text with an image in place of its middle -> the text after it: text-only VLM pretraining. "infix" keeps the drawn
-    text, so that an evaluation can measure how much of it the model took from the pixels.
-    """
+    """Text with an image in place of its middle, the "infix" -> the text after it: text-only VLM pretraining."""
     words = re.findall(r'\s*\S+', text_span(text, rng, config.min_span, config.max_span))
     if len(words) < 3:  # too short to be split: it stays text
         return {'text': text}
@@ -457,7 +390,7 @@ TASKS = {'ocr': ocr, 'continuation': continuation, 'text': plain_text}
 def parse_tasks(spec):
     """'ocr:0.8 text:0.2' -> {'ocr': 0.8, 'text': 0.2}. Raises ValueError for an unknown task or a weight <= 0."""
     weights = {}
-    for word in spec.split():
+    for word in spec.split() or ['']:
         task, _, weight = word.partition(':')
         try:
             weights[task] = float(weight or 1)
@@ -465,32 +398,26 @@ def parse_tasks(spec):
             weights[task] = 0.0
         if task not in TASKS or not weights[task] > 0:
             raise ValueError(f'tasks: expected {", ".join(TASKS)} with weights, like "ocr:0.8 text:0.2", got {word!r}')
-    if not weights:
-        raise ValueError('tasks is empty: expected something like "ocr:0.8 text:0.2"')
     return weights
 
 
+@dataclasses.dataclass(eq=False)
 class Examples:
-    """
-    The examples of a split, endlessly: example i is a function of (seed, i) alone. Each epoch goes through all rows in
-    another order and, for plain text, draws another task, span and image from each.
+    """The examples of a split, endlessly: example i is a function of (seed, i). Each epoch has another order and drawings."""
+    rows: object
+    config: object
+    seed: int
+    tasks: str = None       # instead of the config's
+    shuffle: bool = True
+    length_warmup: int = 0  # over so many examples the drawn text grows from a few characters to max_chars
+    exclude: str = ''       # text of which no drawn line may be a part
 
-        length_warmup  over so many examples the drawn text grows from a few characters to max_chars
-        exclude        text of which no drawn line may be a part
-    """
-
-    def __init__(self, rows, config, seed, tasks=None, shuffle=True, length_warmup=0, exclude=''):
-        if config.augment not in ('', 'crop', 'color', 'crop+color'):
-            raise ValueError(f"augment must be crop, color or crop+color, or '' for none, got {config.augment!r}")
-        self.rows = rows
-        self.config = config
-        self.seed = seed
-        self.tasks = parse_tasks(config.tasks if tasks is None else tasks)
-        self.shuffle = shuffle
-        self.length_warmup = length_warmup
-        self.exclude = exclude
+    def __post_init__(self):
+        if self.config.augment not in ('', 'crop', 'color', 'crop+color'):
+            raise ValueError(f"augment must be crop, color or crop+color, or '' for none, got {self.config.augment!r}")
+        self.weights = parse_tasks(self.config.tasks if self.tasks is None else self.tasks)
         # whether the rows are plain text, which gives any number of examples, each with another image
-        self.is_plain_text = 'messages' not in rows[0] and not rows[0].get('images')
+        self.is_plain_text = 'messages' not in self.rows[0] and not self.rows[0].get('images')
 
     def __getitem__(self, i):
         epoch, position = divmod(i, len(self.rows))
@@ -506,7 +433,7 @@ class Examples:
         return {**row, 'images': images}
 
     def draw_example(self, text, rng, i):
-        task = TASKS[rng.choices(list(self.tasks), list(self.tasks.values()))[0]]
+        task = TASKS[rng.choices(list(self.weights), list(self.weights.values()))[0]]
         length_scale = min(1.0, (i + 1) / self.length_warmup) if self.length_warmup else 1.0
         for _ in range(100):
             example = task(text, rng, self.config, length_scale)
@@ -516,43 +443,37 @@ class Examples:
 
 
 def held_out_examples(dataset, config, tasks):
-    """
-    The examples of a dataset's held-out rows, in their order. pydoc is small enough to be searched: no line drawn from its
-    held-out text occurs in its training text, not even a common phrase.
-    """
+    """The examples of a dataset's held-out rows, in their order. No line drawn from pydoc's occurs in its training text."""
     texts = [row['text'] for row in open_rows(dataset, 'train')] if dataset == 'pydoc' else []
     exclude = '\n'.join(' '.join(text.split()) for text in texts)
     return Examples(open_rows(dataset, 'val'), config, seed=0, tasks=tasks, shuffle=False, exclude=exclude)
 
 
 # -----------------------------------------------------------------------------
-# images
+# images, also in archives, which are read in place and not kept open
+
+ARCHIVE = re.compile(r'(.+?\.(?:zip|tar|tar\.gz|tgz))/(.+)')
+MEMBER = np.dtype([('name', '<u8'), ('offset', '<i8'), ('size', '<i8'), ('method', '<u4'), ('crc', '<u4')])
+IN_TAR = 1 << 16  # `method` of a tar's members: they are not compressed, and have no checksum
+
 
 def load_image(source, draft=None):
-    """
-    A path (also one into an archive: images.zip/00453/1.jpg, 0000.tar/1.jpg) or PIL image -> RGB PIL image, upright: EXIF
-    rotation is applied, transparency laid over white, 16 bits scaled to 8. `draft`, a size in pixels, decodes a JPEG faster
-    at a reduced size. Raises ValueError, naming the file, for one that is missing, empty, cut off, damaged or no image.
-    """
+    """A path or PIL image -> RGB PIL image, upright, on white. `draft`, a size, makes JPEGs faster. ValueError if it fails."""
     try:
         image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(read_bytes(str(source))))
         if draft:
             image.draft('RGB', draft)
-        return to_rgb(ImageOps.exif_transpose(image))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith('I') or image.mode == 'F':
+            image = image.convert('F').point(lambda v: v / 257).convert('L')  # 65535 / 257 = 255
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        return image.convert('RGB')
+    except FileNotFoundError as error:
+        raise ValueError(f'no image at {source}') from error
     except Exception as error:  # for a damaged file Pillow, zlib and struct raise nearly anything
-        reason = f'{source} is not an image that can be read: {error}'
-        if isinstance(error, FileNotFoundError):
-            reason = f'no image at {source}'
-        raise ValueError(reason) from error
-
-
-def to_rgb(image):
-    if image.mode.startswith('I') or image.mode == 'F':
-        image = image.convert('F').point(lambda v: v / 257).convert('L')  # 65535 / 257 = 255
-    if image.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in image.info:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
+        raise ValueError(f'{source} is not an image that can be read: {error}') from error
 
 
 def image_error(path):
@@ -566,11 +487,7 @@ def image_error(path):
 
 
 def augment_image(image, rng, augment):
-    """
-    A part of the image, half of it or more, in its own aspect or up to a third off (crop), and brighter or darker, paler or
-    more colorful, of more or less contrast (color), as BLIP-2 was trained. It is not mirrored: left would become right, and
-    no letter could be read.
-    """
+    """A random crop of half the image or more, brightness, contrast and saturation. Mirroring would swap left and right."""
     if 'crop' in augment:
         width, height = image.size
         area = width * height * rng.uniform(0.5, 1)
@@ -586,27 +503,14 @@ def augment_image(image, rng, augment):
     return image
 
 
-# -----------------------------------------------------------------------------
-# images in archives: read in place, and no archive is kept open
-
-ARCHIVE = re.compile(r'(.+?\.(?:zip|tar|tar\.gz|tgz))/(.+)')
-MEMBER = np.dtype([('name', '<u8'), ('offset', '<i8'), ('size', '<i8'), ('method', '<u4'), ('crc', '<u4')])
-IN_TAR = 1 << 16  # `method` of a tar's members: they are not compressed, and have no checksum
-
-
 def read_bytes(path):
-    """The bytes of a file, or of a member of an archive: photos.zip/a/1.jpg, 0000.tar/1.jpg."""
+    """The bytes of a file or of a member of an archive, checked. FileNotFoundError if missing; whatever zlib raises."""
     match = ARCHIVE.fullmatch(path)
-    if match and not os.path.isdir(match[1]):
-        return read_member(match[1], match[2])
-    with open(path, 'rb') as f:
-        return f.read()
-
-
-def read_member(archive, name):
-    """The bytes of a member of a .zip or .tar, checked. FileNotFoundError if there is none; whatever zlib raises."""
-    status = os.stat(archive)
-    members = map_members(archive, status.st_size, status.st_mtime_ns)
+    if not match or os.path.isdir(match[1]):
+        with open(path, 'rb') as f:
+            return f.read()
+    archive, name = match.groups()
+    members = map_members(archive)
     key = np.uint64(hash64(name))
     i = bisect.bisect_right(members['name'], key) - 1
     if i < 0 or members['name'][i] != key:
@@ -626,24 +530,22 @@ def read_member(archive, name):
     return data
 
 
-@functools.cache
-def map_members(archive, size, mtime_ns):
+def map_members(archive):
+    """The members of an archive: an array of MEMBER, sorted by the hashes of their names."""
     return map_index(archive, index_archive, MEMBER)
 
 
 def index_archive(path, f):
-    """Writes where the members of an archive are to f, sorted by the hashes of their names. ValueError if it is broken."""
+    """Writes the members of an archive to f. ValueError if it is broken or compressed as a whole."""
     if path.endswith('gz'):
         raise ValueError(f'{path} is compressed, so that no single image can be read from it: unpack it to a .tar first')
-    try:
+    with explain_errors(f'{path} is broken or cut off', 'download it again'):
         if path.endswith('.tar'):
             with tarfile.open(path, 'r:') as tar:
                 rows = [(m.name, m.offset_data, m.size, IN_TAR, 0) for m in tar if m.isfile()]
         else:
             with zipfile.ZipFile(path) as archive:
                 rows = [(m.filename, m.header_offset, m.compress_size, m.compress_type, m.CRC) for m in archive.infolist()]
-    except (tarfile.TarError, zipfile.BadZipFile) as error:
-        raise ValueError(f'{path} is broken or cut off: {error}') from error
     rows = [(name.removeprefix('./'), *rest) for name, *rest in rows]
     if len({name.partition('/')[0] for name, *_ in rows}) == 1:  # COCO's have one folder, which names may leave out
         rows += [(name.partition('/')[2], *rest) for name, *rest in rows]
@@ -652,69 +554,30 @@ def index_archive(path, f):
 
 
 # -----------------------------------------------------------------------------
-# features of a frozen encoder, computed once
-
-class FeatureCache:
-    """
-    What `prepare_data.py features` has stored, a file for each image: cache[path] is (features (L', C), grid (L', 2)), which
-    replace the image's patches. A cache belongs to one encoder's weights (by fingerprint), layer, fit and pooling, so a stale
-    one is never found.
-    """
-
-    def __init__(self, dataset, config, fingerprint, dtype=''):
-        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, vision.cell_size(config)]
-        self.root = dataset_folder(dataset)
-        self.folder = os.path.join(self.root, f'features-{hash64(json.dumps(made_by)):016x}')
-        self.finished = os.path.join(self.folder, 'finished.json')
-        self.dtype = dtype
-
-    @classmethod
-    def find(cls, dataset, config, fingerprint):
-        """The finished cache that fits the model, or None. Without published weights features change with every step."""
-        cache = cls(dataset, config, fingerprint)
-        if not fingerprint or not os.path.exists(cache.finished):
-            return None
-        with open(cache.finished, encoding='utf-8') as f:
-            cache.dtype = json.load(f)['dtype']
-        return cache
-
-    def file_for(self, path):
-        return os.path.join(self.folder, f'{hash64(os.path.relpath(path, self.root)):016x}-{self.dtype}.safetensors')
-
-    def __getitem__(self, path):
-        try:
-            features = safetensors.torch.load_file(self.file_for(path))['features']
-        except FileNotFoundError:
-            raise ValueError(f'{path} is not among the features in {self.folder}: run "python prepare_data.py features" '
-                             'again, or train with --feature_cache=False') from None
-        return features, torch.zeros(len(features), 2, dtype=torch.int64)
-
-
-# -----------------------------------------------------------------------------
 # tokenizers
 
 MARK = '\ufdd0'  # a special token in a text to be encoded; Unicode reserves this code, so no text has it
 NOT_TEXT = re.compile(f'[\ud800-\udfff{MARK}]')  # surrogates, which have no UTF-8, and the mark
+SLOT = '\ufdd1{}\ufdd1'  # the text of that number while a chat template is rendered
+
+# for tokenizers without a chat template: ours, and that of models with ChatML's tokens
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}<|assistant|>{{ message.content + eos_token }}{% else %}"
+    "{{ '<|user|>' if loop.first or loop.previtem.role != 'system' }}{{ message.content }}"
+    "{{ '\n\n' if message.role == 'system' }}{% endif %}{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}")
 
 
 @dataclasses.dataclass(eq=False)
 class Tokenizer:
-    """
-    Text <-> ids, by tiktoken. Data text never becomes a special token. Besides its fields it has
-
-        image_id           the id of <image>
-        n_vocab, n_text    1 + the largest id; the number of ids that are plain text
-        begin, end         the special tokens at the two ends of a text
-        end_ids            the ids that end a text or an answer; the first one is that of `end`
-        has_chat_template  whether the tokenizer came with a chat template
-
-    Raises ValueError for a chat template that cannot be rendered.
-    """
+    """Text <-> ids, by tiktoken. Data text never becomes a special token. ValueError for an unusable chat template."""
     name: str
     backend: object       # a tiktoken.Encoding
     special: dict         # {special token: id}
     text_ids: list        # all other ids
-    system_prompt: str
+    system_prompt: str    # of conversations that have none; 'auto' leaves that to the chat template
     names: dict           # {'eos_token': special token, ...}: the names by which chat templates use them
     template: str = ''    # the chat template
     files: tuple = ()     # the paths of a published tokenizer, which an export copies
@@ -724,20 +587,21 @@ class Tokenizer:
         self.image_id = self.special[IMAGE]
         self.n_vocab = 1 + max(*self.text_ids, *self.special.values())
         self.n_text = len(self.text_ids)
+        # the special tokens at the two ends of a text
         self.end = END if END in self.special else self.names['eos_token']
         self.begin = END if END in self.special else self.names.get('bos_token', self.end)
         self.has_chat_template = bool(self.template)
         self.template = self.template or (CHATML if '<|im_start|>' in self.special else TEMPLATE)
-        longest_first = sorted(self.special, key=len, reverse=True)
-        self.special_pattern = re.compile(f'({"|".join(map(re.escape, longest_first))})')
-        shape = (('user', SLOT), ('assistant', SLOT))
+        longest_first = map(re.escape, sorted(self.special, key=len, reverse=True))
+        self.template_pieces = re.compile(f'({"|".join([SLOT.format("[0-9]+"), *longest_first])})')
+        turns = (('user', SLOT.format(0)), ('assistant', SLOT.format(1)))
         self.content_is_list = False
         try:
-            template_segments(self, shape)
+            render_chat(self, turns)
         except ValueError:  # the template may expect a list of texts and images
             self.content_is_list = True
-        turns = template_segments(self, shape)
-        answer_ends = [text for text, is_special, is_answer in turns if is_special and is_answer]
+        answer_ends = [piece for piece, is_special, is_answer in render_chat(self, turns) if is_special and is_answer]
+        # the ids that end a text or an answer
         self.end_ids = [self.special[token] for token in dict.fromkeys([self.end, *answer_ends])]
 
     def encode(self, text):
@@ -746,10 +610,8 @@ class Tokenizer:
 
     def encode_segments(self, pieces, char_level=False):
         """
-        [(text, is_special, in_loss)] -> the ids, and for each id whether it is in the loss. Text between
-        two special tokens is encoded as one string, as transformers does: a token may cross the border of
-        two segments, and is in the loss if one of its characters is. With char_level, each character in the
-        loss is encoded alone.
+        [(text, is_special, in_loss)] -> the ids, and for each whether it is in the loss. Text between two special tokens is
+        one string to the backend, as in transformers. With char_level, each character in the loss is encoded alone.
         """
         text = flags = ''
         marked = []  # what the marks stand for: an id, or None, where a mark only keeps texts apart
@@ -781,8 +643,8 @@ class Tokenizer:
         """The ids of a text in which MARK is a token, and for each id where its characters start and end."""
         unknown = set(text) - {*self.characters, MARK} if self.characters else ''
         if unknown:
-            raise ValueError(f'{self.name} has no id for the characters {"".join(sorted(unknown))!r}: leave them '
-                             'out or take --tokenizer=bytes')
+            unknown = ''.join(sorted(unknown))
+            raise ValueError(f'{self.name} has no id for the characters {unknown!r}: take --tokenizer=bytes')
         ids = self.backend.encode(text, allowed_special={MARK}, disallowed_special=())
         starts = self.backend.decode_with_offsets(ids)[1]
         ends = [*starts[1:], len(text)]
@@ -794,10 +656,7 @@ class Tokenizer:
         return self.backend.decode(ids)
 
     def allowed_ids(self, vocab_size):
-        """
-        bool (vocab_size,): the ids that may be generated: text, the end tokens and what else the tokenizer
-        brought along, but not <image>, <|user|> and <|assistant|>, and nothing that it cannot decode.
-        """
+        """bool (vocab_size,): the ids that may be generated: all that decode() knows but <image>, <|user|>, <|assistant|>."""
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
         allowed[self.text_ids] = True
         allowed[[i for token, i in self.special.items() if token not in (IMAGE, USER, ASSISTANT)]] = True
@@ -817,48 +676,32 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def get_tokenizer(name, system_prompt='auto'):
-    """
-    A Tokenizer by name:
-
-        bytes           one token a byte: 256 and the special ones; nothing to download, takes any text
-        gpt2            GPT-2's BPE, whose <|endoftext|> (50256) it keeps; tiktoken downloads it once
-        .../meta.pkl    the characters of a nanoGPT dataset; other characters are refused
-        .../words.txt   a token for each word of the file, and one with a space before it; the rest is bytes
-        tokenizer.json  of Hugging Face: a file, a folder with it, or OWNER/NAME on the hub
-
-    system_prompt is the system message of conversations that have none; 'auto' leaves that to the chat
-    template. Raises ValueError for another name, and for files that are missing, damaged or cannot be
-    downloaded.
-    """
+    """A Tokenizer by name. ValueError for another name, and for files that are missing or damaged."""
     pattern = r'(?s:.)'
     special, characters = {}, ''
     if name.endswith(('.pkl', '.txt', '.json')) and not os.path.isfile(name):
-        raise ValueError(f'no tokenizer at {name}: "python prepare_data.py shapes" writes a words.txt, nanoGPT a '
-                         'meta.pkl; --tokenizer=bytes needs no file')
-    if name == 'bytes':
+        raise ValueError(f'no tokenizer at {name}: prepare_data.py shapes writes words.txt; bytes needs no file')
+    if name == 'bytes':  # one token a byte: takes any text
         ranks = {bytes([i]): i for i in range(256)}
-    elif name == 'gpt2':
-        try:
+    elif name == 'gpt2':  # its BPE, which tiktoken downloads once
+        with explain_errors("GPT-2's BPE cannot be downloaded", 'connect once, or use --tokenizer=bytes'):
             gpt2 = tiktoken.get_encoding('gpt2')
-        except OSError as error:
-            raise ValueError("GPT-2's BPE is not in tiktoken's cache and cannot be downloaded "
-                             f'({type(error).__name__}): connect once, or use --tokenizer=bytes') from error
         pattern, ranks, special = gpt2._pat_str, gpt2._mergeable_ranks, dict(gpt2._special_tokens)
-    elif name.endswith('.pkl'):
+    elif name.endswith('.pkl'):  # the characters of a nanoGPT dataset; others are refused
         ranks = read_meta(name)
         characters = b''.join(ranks).decode()
-    elif name.endswith('.txt'):
+    elif name.endswith('.txt'):  # a token for each word, with and without a space before it, and each byte
         ranks = read_words(name)
         pattern = r' ?[^\W\d_]+|(?s:.)'
-    elif name.endswith('.json') or os.path.isdir(name) or name.count('/') == 1:
+    elif name.endswith('.json') or os.path.isdir(name) or name.count('/') == 1:  # OWNER/NAME on the hub
         return read_hugging_face(name, system_prompt)
     else:
         raise ValueError('tokenizer must be bytes, gpt2, the path of a meta.pkl, words.txt or tokenizer.json, or '
                          f'OWNER/NAME on the hub, got {name!r}')
     for token in (IMAGE, USER, ASSISTANT, END):
         special.setdefault(token, len(ranks) + len(special))
-    backend = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                special_tokens={**special, MARK: len(ranks) + len(special)})
+    with_mark = {**special, MARK: len(ranks) + len(special)}
+    backend = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=with_mark)
     text_ids = list(ranks.values())
     return Tokenizer(name, backend, special, text_ids, system_prompt, {'eos_token': END}, characters=characters)
 
@@ -870,12 +713,8 @@ def read_meta(path):
         def find_class(self, module, name):
             raise pickle.UnpicklingError(f'it asks for {module}.{name}')
 
-    try:
-        with open(path, 'rb') as f:
-            stoi = Values(f).load()['stoi']
-        ranks = {character.encode(): int(i) for character, i in stoi.items()}
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f'{path} is not the meta.pkl of a nanoGPT character dataset: {error}') from error
+    with explain_errors(f'{path} is not the meta.pkl of a nanoGPT character dataset', 'name another'), open(path, 'rb') as f:
+        ranks = {character.encode(): int(i) for character, i in Values(f).load()['stoi'].items()}
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError(f'{path}: expected the ids 0 to {len(ranks) - 1}, each once')
     return ranks
@@ -896,24 +735,18 @@ def read_hugging_face(name, system_prompt):
     if name.endswith('.json'):
         folder, file_names[0] = os.path.split(name)
     elif not os.path.isdir(name):
-        try:
+        with explain_errors(f'{name}: it is not in the cache and cannot be downloaded', 'connect once, or name a folder'):
             folder = huggingface_hub.snapshot_download(name, allow_patterns=file_names)
-        except Exception as error:  # the hub's client has many of its own
-            raise ValueError(f'{name}: it is not in the cache of huggingface_hub and cannot be downloaded '
-                             f'({type(error).__name__}): connect once, or name a folder with it') from error
     files = [os.path.join(folder, file_name) for file_name in file_names]
     if not os.path.isfile(files[0]):
         raise ValueError(f'{name} has no tokenizer.json: name another tokenizer, such as --tokenizer=gpt2')
     files = tuple(filter(os.path.isfile, files))
     config = {}
-    try:
+    with explain_errors(f'{name}: its tokenizer.json or chat template cannot be read', 'download it again'):
         for path in files[1:]:
             with open(path, encoding='utf-8') as f:
                 config |= {'chat_template': f.read()} if path.endswith('.jinja') else json.load(f)
         backend = tokenizers.Tokenizer.from_file(files[0])
-    except Exception as error:  # that of tokenizers has no class of its own
-        raise ValueError(f'{name}: its tokenizer.json or chat template cannot be read ({type(error).__name__}: '
-                         f'{error}): download it again') from error
     template = config.get('chat_template') or ''
     if isinstance(template, list):
         template = {entry['name']: entry['template'] for entry in template}.get('default', '')
@@ -939,108 +772,39 @@ def read_hugging_face(name, system_prompt):
 
 
 # -----------------------------------------------------------------------------
-# conversations
-
-SLOT = '\ufdd1'  # the text of a message while a chat template is rendered
-
-# for tokenizers without a chat template: ours, and that of models with ChatML's tokens
-TEMPLATE = r"""
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|assistant|>' + message.content + eos_token }}
-    {%- elif message.role == 'system' %}
-        {{- '<|user|>' + message.content + '\n\n' }}
-    {%- else %}
-        {{- '<|user|>' if loop.first or loop.previtem.role != 'system' }}
-        {{- message.content }}
-    {%- endif %}
-{%- endfor %}
-{{- '<|assistant|>' if add_generation_prompt }}"""
-
-CHATML = r"""
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-{%- endfor %}
-{{- '<|im_start|>assistant\n' if add_generation_prompt }}"""
-
-
-def conversation_shape(example, system_prompt, prompt_only):
-    """
-    What the rendered template depends on, and the texts that it does not depend on: ((role, piece, ...),
-    ...), [text]. The pieces of a content stand around its images. In a piece, SLOT stands for the text;
-    white space around the text stays, because templates may strip it.
-    """
-    messages = list(example['messages'])
-    if system_prompt != 'auto' and messages[0]['role'] != 'system':
-        messages.insert(0, {'role': 'system', 'content': system_prompt})
-    if prompt_only and messages[-1]['role'] == 'assistant':
-        messages.pop()
-    shape, texts = [], []
-    for message in messages:
-        pieces = message['content'].split(IMAGE) if example.get('images') else [message['content']]
-        for i, piece in enumerate(pieces):
-            if piece or len(pieces) == 1:
-                text = piece.strip()
-                texts.append(text)
-                pieces[i] = piece.replace(text, SLOT, 1) if text else SLOT + piece
-        shape.append((message['role'], *pieces))
-    return tuple(shape), texts
-
+# example -> ids, targets, images
 
 @functools.lru_cache(maxsize=1000)
-def template_segments(tokenizer, shape, prompt_only=False):
+def render_chat(tokenizer, turns, prompt_only=False):
     """
-    The chat template for all conversations of one shape: [(text, is_special, is_answer)], with a number in
-    the place of each SLOT. So special tokens come from the template alone. An answer is a content of the
-    assistant with what follows it, up to the first special token. Raises ValueError if the template cannot
-    be rendered.
+    The chat template for conversations with some turns, ((role, content with numbered slots for its texts), ...): [(text of
+    the template or number of a slot, is_special, is_answer)]. An answer ends with the first special token after it.
     """
-    texts = render_template(tokenizer, shape, prompt_only)
-    # the template keeps the white space in front of an answer's text if it is missing when it is left out
-    stripped = [[entry.lstrip() for entry in message] for message in shape]
-    stripped_texts = render_template(tokenizer, stripped, prompt_only)
-    roles = [role for role, *pieces in shape for piece in pieces if piece]
-    out = []
-    is_answer = False
-    for text, stripped_text, number in zip(texts[::2], stripped_texts[::2], [*texts[1::2], None]):
-        for i, token in enumerate(tokenizer.special_pattern.split(stripped_text)):
-            is_special = i % 2 == 1
-            out.append((token, is_special, is_answer))
-            is_answer = is_answer and (not is_special or token == IMAGE)
-        if number is not None:
-            is_answer = roles[number] == 'assistant'
-            out.append((text[len(stripped_text):], False, is_answer))
-            out.append((number, False, is_answer))
-    return [segment for segment in out if segment[0] != '']
-
-
-def render_template(tokenizer, shape, prompt_only):
-    """The rendered template, cut at its slots: [text, number of a slot, text, ..., text]."""
-    messages = []
-    n_slots = 0
-    for role, *pieces in shape:
-        for i, piece in enumerate(pieces):
-            pieces[i] = piece.replace(SLOT, f'{SLOT}{n_slots}{SLOT}')
-            n_slots += SLOT in piece
-        content = IMAGE.join(pieces)
-        if tokenizer.content_is_list:
-            entries = filter(None, re.split(f'({IMAGE})', content))
-            content = [{'type': 'image'} if entry == IMAGE else {'type': 'text', 'text': entry}
-                       for entry in entries]
-        messages.append({'role': role, 'content': content})
+    messages = [{'role': role, 'content': content} for role, content in turns]
+    if tokenizer.content_is_list:
+        for message in messages:
+            entries = filter(None, re.split(f'({IMAGE})', message['content']))
+            message['content'] = [{'type': 'image'} if entry == IMAGE else {'type': 'text', 'text': entry}
+                                  for entry in entries]
     variables = {**tokenizer.names, 'messages': messages, 'tools': None, 'add_generation_prompt': prompt_only}
     # Qwen3's template then ends a prompt with the empty thought that it writes in front of a last answer
     variables['enable_thinking'] = False
-    try:
+    with explain_errors(f'{tokenizer.name}: its chat template cannot be rendered', 'name another tokenizer'):
         rendered = compile_template(tokenizer.template).render(variables)
-    except Exception as error:  # whatever somebody's program raises
-        raise ValueError(f'{tokenizer.name}: its chat template cannot be rendered ({type(error).__name__}: '
-                         f'{error})') from error
-    texts = re.split(f'{SLOT}(\\d+){SLOT}', rendered)
-    texts[1::2] = map(int, texts[1::2])
-    if sorted(texts[1::2]) != list(range(n_slots)):
+    roles = [role for role, content in turns for _ in range(content.count(SLOT[0]) // 2)]
+    numbers, out = [], []
+    is_answer = False
+    for piece in filter(None, tokenizer.template_pieces.split(rendered)):
+        if piece.startswith(SLOT[0]):
+            piece = int(piece.strip(SLOT[0]))
+            numbers.append(piece)
+            is_answer = roles[piece] == 'assistant'
+        is_special = piece in tokenizer.special
+        out.append((piece, is_special, is_answer))
+        is_answer = is_answer and (not is_special or piece == IMAGE)
+    if sorted(numbers) != list(range(len(roles))):
         raise ValueError(f'{tokenizer.name}: its chat template leaves out a message or repeats one')
-    return texts
+    return out
 
 
 @functools.cache
@@ -1053,63 +817,68 @@ def compile_template(source):
         raise jinja2.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
     environment.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals['raise_exception'] = raise_exception
-    environment.globals['strftime_now'] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     return environment.from_string(source)
 
 
-# -----------------------------------------------------------------------------
-# example -> ids, targets, images
+def conversation(example, tokenizer, prompt_only):
+    """[(text, is_special, is_answer)] of a conversation. White space at the ends of a message is dropped."""
+    messages = list(example['messages'])
+    if tokenizer.system_prompt != 'auto' and messages[0]['role'] != 'system':
+        messages.insert(0, {'role': 'system', 'content': tokenizer.system_prompt})
+    if prompt_only and messages[-1]['role'] == 'assistant':
+        messages.pop()
+    turns, texts = [], []
+    for message in messages:
+        content = message['content'].strip()
+        pieces = content.split(IMAGE) if example.get('images') else [content]
+        for i, piece in enumerate(pieces):
+            if piece or len(pieces) == 1:
+                pieces[i] = SLOT.format(len(texts))
+                texts.append(piece)
+        turns.append((message['role'], IMAGE.join(pieces)))
+    chat = render_chat(tokenizer, tuple(turns), prompt_only)
+    return [(piece if isinstance(piece, str) else texts[piece], *flags) for piece, *flags in chat]
+
 
 def segments(example, tokenizer, loss_on, prompt_only=False):
     """
-    An example as a list of (text or special token, is_special, in_loss): a conversation in the tokenizer's
-    chat template, or a text between its begin and end tokens. <image> is special only if there are images;
-    "filling" is text instead of them. With prompt_only the last answer is left out, and what opens it
-    stands at the end.
+    [(text or special token, is_special, in_loss)] of an example. <image> is special only if there are images; "filling" is
+    text instead of them. With prompt_only the last answer is left out, and what opens it stands at the end.
     """
     loss_on = example.get('loss_on', loss_on)
     if loss_on not in ('assistant', 'all', 'postfix'):
         raise ValueError(f'loss_on must be assistant or all, got {loss_on!r}')
-    out = []
     if 'messages' in example:
-        shape, texts = conversation_shape(example, tokenizer.system_prompt, prompt_only)
-        for text, is_special, is_answer in template_segments(tokenizer, shape, prompt_only):
-            text = text if isinstance(text, str) else texts[text]
-            out.append((text, is_special, is_answer or loss_on == 'all'))
-        return out
+        chat = conversation(example, tokenizer, prompt_only)
+        return [(text, is_special, is_answer or loss_on == 'all') for text, is_special, is_answer in chat]
     image = [(IMAGE, True, False)]
     if 'filling' in example:  # '' has no id: the filling is encoded apart, so targets do not depend on it
         image = [('', True, False), (example['filling'], False, False), ('', True, False)]
     has_images = example.get('images') or 'filling' in example
     texts = example['text'].split(IMAGE) if has_images else [example['text']]
+    out = [(tokenizer.begin, True, False)]
     for i, text in enumerate(texts):
-        out += image if i else [(tokenizer.begin, True, False)]
+        out += image if i else []
         out.append((text, False, loss_on != 'postfix' or i == len(texts) - 1))
     return out if prompt_only else [*out, (tokenizer.end, True, True)]
 
 
 def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False, cache=None):
     """
-    An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}; config is the model's
-    VisionConfig. With `cache`, a FeatureCache, image files are not opened: it has their (features, grid).
-    In an example with "char_level": true, each character in the loss is a token.
+    An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}, or (features, grid) of a FeatureCache.
 
-    targets[t] is the token after idx[t], or -1 where it is not in the loss: for 'assistant' the loss is on
-    the answers and their end, for 'all' on every text token. Image tokens never are targets, but the last
-    of them predicts the text after it. Text that takes more than block_size positions is cut; an image,
-    which takes one, is not, and neither is a prompt. Raises ValueError if there are more or fewer <image>
-    than images, or something does not fit.
+    targets[t] is the token after idx[t], or -1 where it is not in the loss: 'assistant' has the answers and their end in the
+    loss, 'all' every text token. Image tokens never are targets, but the last of them predicts the text after it. Text beyond
+    block_size positions is cut; an image, which takes one, is not. ValueError if something does not fit.
     """
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
         raise ValueError('the example has an image, but the model has no vision_encoder')
-    images = []
-    for source in sources:
-        is_cached = cache and isinstance(source, str)
-        images.append(cache[source] if is_cached else vision.preprocess(load_image(source), config))
+    images = [cache[source] if cache and isinstance(source, str) else vision.preprocess(load_image(source), config)
+              for source in sources]
     pieces = segments(example, tokenizer, loss_on, prompt_only)
     ids, in_loss = tokenizer.encode_segments(pieces, example.get('char_level'))
     positions = [position for position, token in enumerate(ids) if token == tokenizer.image_id]
@@ -1119,8 +888,7 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     needed = len(ids) if prompt_only else 1 + max(positions, default=-1)
     if needed > config.block_size:
         subject = 'the prompt takes' if prompt_only else 'text and images up to the last image take'
-        raise ValueError(f'{subject} {needed} positions, but block_size is {config.block_size}: shorten the '
-                         'text or enlarge block_size')
+        raise ValueError(f'{subject} {needed} positions, but block_size is {config.block_size}: enlarge it')
     if not prompt_only:  # one more than block_size, because the last id is only a target
         del ids[config.block_size + 1:], in_loss[config.block_size + 1:]
     for position, image in reversed(list(zip(positions, images))):
@@ -1136,7 +904,7 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
 def reference(example):
     """What the model should have answered: the last message's text, or the text after the last image."""
     if 'messages' in example:
-        return example['messages'][-1]['content']
+        return example['messages'][-1]['content'].strip()
     return example['text'].rpartition(IMAGE)[2]
 
 
@@ -1147,11 +915,8 @@ def until_end(tokenizer, ids):
 
 def collate(examples, config):
     """
-    Tokenized examples -> a batch:
-        idx, targets  int64 (B, T), padded on the right with -1
-        lengths       int64 (B,), the tokens of each example
-        images        vision.collate's (patches, grid) of all images, row by row; None without vision
-    Raises ValueError if ids and images disagree.
+    Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; lengths int64 (B,); images, the
+    (patches, grid) of all of them, row by row, or None without vision. ValueError if ids and images disagree.
     """
     def pad(key):
         rows = [torch.tensor(example[key], dtype=torch.long) for example in examples]
@@ -1169,385 +934,56 @@ def collate(examples, config):
     return batch
 
 
+@dataclasses.dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
-    """
-    Micro-batch i holds the examples i * batch_size to (i + 1) * batch_size - 1, whichever process computes
-    it, and when. What a user must read (a missing image, say) comes back as {'error': sentence}: raised in
-    a loader's worker it would arrive wrapped in that worker's traceback.
-    """
-
-    def __init__(self, examples, tokenizer, config, batch_size, loss_on, cache=None):
-        self.examples, self.tokenizer, self.config = examples, tokenizer, config
-        self.batch_size, self.loss_on, self.cache = batch_size, loss_on, cache
+    """Micro-batch i of a run; {"error": sentence} for what a user must read, because a worker would add its traceback."""
+    examples: object
+    tokenizer: Tokenizer
+    config: vision.VisionConfig
+    batch_size: int
+    loss_on: str
+    cache: object = None
 
     def __getitem__(self, i):
         indices = range(i * self.batch_size, (i + 1) * self.batch_size)
-        arguments = self.tokenizer, self.config, self.loss_on
         try:
-            examples = [tokenize(self.examples[j], *arguments, cache=self.cache) for j in indices]
+            examples = [tokenize(self.examples[j], self.tokenizer, self.config, self.loss_on, cache=self.cache)
+                        for j in indices]
             return collate(examples, self.config)
         except (ValueError, OSError) as error:
             return {'error': str(error)}
 
 
 # -----------------------------------------------------------------------------
-# what the commands share
+# features of a frozen encoder, computed once
 
-def write_dataset(name, work, rows, convert):
-    """
-    The rows of a source to data/NAME/{train,val}.jsonl. convert(row), in threads, gives (example, '') or (None, the reason
-    why the row is skipped), which skipped.jsonl lists. Each thousand rows are stored as they are done: an interrupted command
-    continues there if it is called again for the same work, a dict. Raises ValueError if a side is empty.
-    """
-    folder = os.path.join('data', name)
-    progress = os.path.join(folder, f'progress-{hash64(json.dumps(work)):x}')
-    os.makedirs(progress, exist_ok=True)
-    if os.listdir(progress):
-        print(f'resuming with what is in {progress}', file=sys.stderr)
-    rows = iter(rows)
-    paths = []
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            for chunk in tqdm(iter(lambda: list(itertools.islice(rows, 1000)), []), unit='k rows'):
-                path = os.path.join(progress, f'{len(paths)}.jsonl')
-                if not os.path.exists(path):
-                    with open(f'{path}.part', 'w', encoding='utf-8') as f:
-                        for number, (row, result) in enumerate(zip(chunk, pool.map(convert, chunk)), 1000 * len(paths)):
-                            for output in place_row(number, row, *result, work['val_every']):
-                                print(json.dumps(output), file=f)
-                    os.replace(f'{path}.part', path)
-                paths.append(path)
-        merge_chunks(paths, folder, work)
-    except ValueError:  # what has to be corrected may concern every row
-        shutil.rmtree(progress)
-        raise
-    for path in glob.glob(os.path.join(folder, 'progress-*')):
-        shutil.rmtree(path)
+class FeatureCache:
+    """cache[path] is (features (L', C), grid (L', 2)). The folder's name is a hash of all that they depend on."""
+    dtypes = ('float16', 'bfloat16')
 
+    def __init__(self, dataset, config, fingerprint, dtype):
+        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, vision.cell_size(config), dtype]
+        self.root = dataset_folder(dataset)
+        self.folder = os.path.join(self.root, f'features-{hash64(json.dumps(made_by)):016x}')
+        self.finished = os.path.join(self.folder, 'finished.json')
 
-def place_row(number, row, example, reason, val_every):
-    """[(file, line)] of a converted row. Several captions of an image, "references", become an example each to train on."""
-    if reason:
-        return [('skipped', {'row': number, 'id': row.get('id'), 'image': row.get('image'), 'reason': reason})]
-    split = row.get('split') or ('val' if is_held_out(holdout_key(row), val_every) else 'train')
-    captions = example.pop('references', []) if split == 'train' else []
-    return [(split, {**example, 'text': IMAGE + caption}) for caption in captions] or [(split, example)]
+    @classmethod
+    def find(cls, dataset, config, fingerprint):
+        """The finished cache that fits the model, or None. Without published weights features change with every step."""
+        caches = [cls(dataset, config, fingerprint, dtype) for dtype in cls.dtypes if fingerprint]
+        return next((cache for cache in caches if os.path.exists(cache.finished)), None)
 
+    def file_for(self, path):
+        return os.path.join(self.folder, f'{hash64(os.path.relpath(path, self.root)):016x}.safetensors')
 
-def merge_chunks(paths, folder, work):
-    counts = Counter()
-    files = {name: open(os.path.join(folder, f'{name}.jsonl.part'), 'w', encoding='utf-8')
-             for name in ('train', 'val', 'skipped')}
-    for line in fileinput.input(paths, encoding='utf-8') if paths else ():
-        name, row = json.loads(line)
-        print(json.dumps(row, ensure_ascii=False), file=files[name])
-        counts[row.get('reason', name)] += 1
-    for reason in sorted(counts.keys() - {'train', 'val'}):
-        print(f'skipped: {counts[reason]} rows, {reason}', file=sys.stderr)
-    if not counts['train'] or not counts['val']:
-        raise ValueError(f'of {counts.total()} rows in {work["source"]}, {counts["train"]} are left to train on and '
-                         f'{counts["val"]} to hold out: {folder}/skipped.jsonl.part lists why, or --val_every is too large')
-    for file in files.values():
-        file.close()
-        os.replace(file.name, file.name.removesuffix('.part'))
-    print(f'{folder}: {counts["train"]} examples to train on, {counts["val"]} held out', file=sys.stderr)
+    def __getitem__(self, path):
+        try:
+            features = safetensors.torch.load_file(self.file_for(path))['features']
+        except FileNotFoundError:
+            raise ValueError(f'{path} is not among the features in {self.folder}: run "prepare_data.py features" again, '
+                             'or train with --feature_cache=False') from None
+        return features, torch.zeros(len(features), 2, dtype=torch.int64)
 
-
-@contextlib.contextmanager
-def hub_errors(problem, advice):
-    """Whatever the hub's client raises (it has many errors of its own) as a ValueError with one sentence."""
-    try:
-        yield
-    except Exception as error:
-        detail = f'{type(error).__name__}: {error}'.partition('\n')[0]
-        raise ValueError(f'{problem} ({detail}): {advice}') from error
-
-
-def download(repository, file):
-    """The local path of a file of a dataset on the hub, which is downloaded once."""
-    from huggingface_hub import hf_hub_download
-    with hub_errors(f'{file} of {repository} is not in the cache and cannot be downloaded',
-                    'connect, or name local copies with --source and --image_dir'):
-        return hf_hub_download(repository, file, repo_type='dataset')
-
-
-def default_name(source):
-    return os.path.splitext(os.path.basename(source.rstrip('/')))[0]
-
-
-# -----------------------------------------------------------------------------
-# python prepare_data.py text, shapes
-
-def prepare_text(
-    source='',           # a dataset of the hub, or a .txt, .jsonl or .parquet file, or a folder of them
-    subset='',           # the configuration of a dataset of the hub, such as sample-10BT
-    name='',             # the dataset is written to data/NAME; '' takes the last part of the source
-    max_examples=10000,  # stop after as many; 0: all
-    val_every=100,       # one example of so many is held out
-):
-    """Writes the documents of a text dataset to data/NAME/{train,val}.jsonl."""
-    if not source:
-        raise ValueError('expected --source=NAME_ON_THE_HUB or --source=FILE_OR_FOLDER')
-    rows = (example for path in list_files(source) for _, _, example in scan_file(path))
-    if not os.path.exists(source):
-        rows = hub_rows(source, subset)
-    rows = (row for row in rows if isinstance(row.get('text'), str) and row['text'].strip())
-    work = {'source': source, 'subset': subset, 'max_examples': max_examples, 'val_every': val_every}
-    write_dataset(name or default_name(source), work, itertools.islice(rows, max_examples or None),
-                  lambda row: ({'text': row['text']}, ''))
-
-
-def hub_rows(repository, subset):
-    import datasets
-    with hub_errors(f'{repository} is neither a file here nor a dataset that the hub gives us', 'check the name, or connect'):
-        yield from datasets.load_dataset(repository, subset or None, split='train', streaming=True)
-
-
-def prepare_shapes(
-    name='shapes',       # the dataset is written to data/NAME
-    max_examples=40000,  # how many conversations
-):
-    """
-    Draws images of colored shapes, with conversations about them: a dataset to learn on when nothing can be downloaded.
-
-    PNGs of 64 x 64 pixels with one or two shapes, and questions on color, shape, number and position. One example of twenty
-    has no image and three have two. No held-out image is in the training set. words.txt lists all words, for
-    --tokenizer=data/shapes/words.txt: a small GPT need not learn spelling first.
-    """
-    folder = os.path.join('data', name)
-    os.makedirs(os.path.join(folder, 'images'), exist_ok=True)
-
-    def convert(row):
-        def new_image(rng, count):
-            while True:
-                shapes = render.random_shapes(rng, count)
-                if is_held_out(str(sorted(shapes)), VAL_EVERY) == held_out:
-                    return shapes
-
-        number, held_out = row['id'], row['split'] == 'val'
-        images, turns = render.shapes_example(random.Random(f'shapes {number}'), new_image, held_out)
-        paths = [f'images/{number:06d}{"ab"[i]}.png' for i in range(len(images))]
-        for shapes, path in zip(images, paths):
-            render.draw_shapes(shapes).save(os.path.join(folder, path))
-        messages = [{'role': role, 'content': text} for turn in turns for role, text in zip(('user', 'assistant'), turn)]
-        messages[0]['content'] = (IMAGE + '\n') * len(paths) + messages[0]['content']
-        return {'messages': messages, 'images': paths}, ''
-
-    rows = ({'id': i, 'split': 'val' if i * 40 < max_examples else 'train'} for i in range(max_examples))
-    write_dataset(name, {'source': 'shapes', 'max_examples': max_examples, 'val_every': VAL_EVERY}, rows, convert)
-    words = {word for split in ('train', 'val') for row in open_rows(folder, split) for message in row['messages']
-             for word in re.findall('[A-Za-z]+', message['content'])}
-    with open(os.path.join(folder, 'words.txt'), 'w', encoding='utf-8') as f:
-        f.write('\n'.join(sorted(words)) + '\n')
-
-
-# -----------------------------------------------------------------------------
-# python prepare_data.py llava_instruct, llava_pretrain, llava_cc3m, sharegpt4v
-
-def prepare_llava(
-    command,
-    repository='',        # of the hub
-    subset='',            # its .json file, without the ending
-    zipped_images='',     # its images, '' if it has none
-    captions_only=False,  # keep only the answer of a conversation, as a caption
-    source='',            # a local .json or .jsonl file in this format, instead of the hub's
-    image_dir='',         # the folder or archive that the images' names are relative to
-    name='',              # the dataset is written to data/NAME; '' takes the source's or the command's name
-    max_examples=0,       # stop after as many rows; 0: all
-    val_every=100,        # one image (or row without an image) of so many is held out
-):
-    """
-    Writes conversations in LLaVA's format, with their images, to data/NAME/{train,val}.jsonl.
-
-    Every image is opened once: a row whose image is missing or broken is skipped, and listed in skipped.jsonl.
-    """
-    path = source or download(repository, f'{subset}.json')
-    if not image_dir and (source or not zipped_images):
-        raise ValueError('expected --image_dir=FOLDER_OR_ZIP: this data has no images of its own, only their names, like '
-                         'those of COCO: http://images.cocodataset.org/zips/train2017.zip')
-    images = os.path.abspath(image_dir or download(repository, zipped_images))
-    try:
-        os.path.isdir(images) or map_index(images, index_archive, MEMBER)
-    except (OSError, ValueError) as error:
-        raise ValueError(f'--image_dir={image_dir} does not exist, or is no archive: expected the folder, .zip or .tar with '
-                         f'the images ({error})') from error
-    work = {'source': path, 'size': os.path.getsize(path), 'image_dir': images, 'captions_only': captions_only,
-            'val_every': val_every, 'max_examples': max_examples}
-    write_dataset(name or default_name(source) or command, work, json_rows(path, max_examples),
-                  lambda row: llava_example(row, images, captions_only))
-
-
-def json_rows(path, max_rows=0):
-    """
-    The objects of a JSON array in a file, or of a .jsonl, one after another: LLaVA's gigabyte is never in memory as a whole.
-    Raises ValueError with the row's number where the file is broken or cut off.
-    """
-    text, count, ended = '', 0, False
-    is_array = not path.endswith('.jsonl')
-    with open(path, encoding='utf-8') as f:
-        if is_array and f.read(1) != '[':
-            raise ValueError(f'{path} is not a JSON array of rows, as LLaVA publishes them')
-        while not max_rows or count < max_rows:
-            text = text.lstrip(' \n\r\t,')
-            if text.startswith(']') or ended and not text and not is_array:
-                return
-            try:
-                row, end = json.JSONDecoder().raw_decode(text)
-            except ValueError as error:
-                if ended:
-                    raise ValueError(f'{path} is broken or cut off at row {count}: {error}') from None
-                more = f.read(1 << 20)
-                text, ended = text + more, not more
-                continue
-            if not isinstance(row, dict):
-                raise ValueError(f'{path}, row {count}: expected an object, got {str(row)[:60]}')
-            yield row
-            text, count = text[end:], count + 1
-
-
-def llava_example(row, image_dir, captions_only):
-    """A row of LLaVA's -> (example, '') or (None, the reason why it is skipped)."""
-    names = row.get('image') or []
-    names = [names] if isinstance(names, str) else names
-    try:
-        turns = [to_message(turn) for turn in row['conversations']]
-    except (KeyError, TypeError, ValueError):
-        return None, 'no conversation in the format of LLaVA'
-    system = [turns.pop(0)] if turns and turns[0]['role'] == 'system' else []
-    while turns and turns[-1]['role'] == 'user':     # a question without an answer
-        turns.pop()
-    while turns and turns[0]['role'] == 'assistant':  # an answer without a question
-        turns.pop(0)
-    if not turns or any(turn['role'] != ('user', 'assistant')[i % 2] for i, turn in enumerate(turns)):
-        return None, 'no questions and answers by turns'
-    if not all(turn['content'].strip() for turn in turns):
-        return None, 'an empty turn'
-    n_places = sum(turn['content'].count(IMAGE) for turn in turns)
-    if n_places not in (0, len(names)):
-        return None, f'{n_places} <image> places for {len(names)} images'
-    example = to_example({'messages': system + turns, 'images': names}, image_dir)
-    reason = next(filter(None, map(image_error, example['images'])), '')
-    if captions_only and names:
-        example = {'text': IMAGE + turns[-1]['content'].strip(), 'images': example['images']}
-    return (None, reason) if reason else (example, '')
-
-
-LLAVA = {
-    'llava_instruct': {'repository': 'liuhaotian/LLaVA-Instruct-150K', 'subset': 'llava_instruct_150k'},
-    'llava_pretrain': {'repository': 'liuhaotian/LLaVA-Pretrain', 'subset': 'blip_laion_cc_sbu_558k',
-                       'zipped_images': 'images.zip', 'captions_only': True},
-    'llava_cc3m': {'repository': 'liuhaotian/LLaVA-CC3M-Pretrain-595K', 'subset': 'chat',
-                   'zipped_images': 'images.zip', 'captions_only': True},
-    'sharegpt4v': {'repository': 'Lin-Chen/ShareGPT4V', 'subset': 'sharegpt4v_instruct_gpt4-vision_cap100k'},
-}
-
-# -----------------------------------------------------------------------------
-# python prepare_data.py coco_captions, cc3m: images and captions
-
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp')
-
-
-def to_caption_example(row):
-    """A row {'captions': [...], 'path': image} -> (example, '') or (None, the reason why it is skipped)."""
-    captions = [' '.join(caption.split()) for caption in row['captions'] if isinstance(caption, str) and caption.strip()]
-    reason = image_error(row['path']) if captions else 'it has no caption'
-    if reason:
-        return None, reason
-    return {'text': IMAGE + captions[0], 'images': [row['path']], 'references': captions}, ''
-
-
-def prepare_coco(
-    source='',             # the folder with captions_train2017.json and captions_val2017.json, or one such file
-    image_dir='',          # the folder with train2017 and val2017, unpacked or as .zip, or the images of the one file
-    name='coco_captions',  # the dataset is written to data/NAME
-    max_examples=0,        # stop after as many images; 0: all
-    val_every=100,         # one image of so many is held out, of one file
-):
-    """Writes COCO's captions, five of an image, to data/NAME/{train,val}.jsonl. val2017 is held out."""
-    if not source or not image_dir:
-        raise ValueError('expected --source=FOLDER with captions_train2017.json and captions_val2017.json (they are in '
-                         'http://images.cocodataset.org/annotations/annotations_trainval2017.zip) and --image_dir=FOLDER with '
-                         'train2017.zip and val2017.zip of http://images.cocodataset.org/zips')
-    rows = []
-    for split in ('train', 'val') if os.path.isdir(source) else ('',):
-        path = os.path.join(source, f'captions_{split}2017.json') if split else source
-        images = os.path.abspath(os.path.join(image_dir, f'{split}2017') if split else image_dir)
-        images = images if os.path.exists(images) else f'{images}.zip'
-        for file in (path, images):
-            if not os.path.exists(file):
-                raise ValueError(f'{file} does not exist: expected the captions as COCO publishes them, and their images')
-        if os.path.isfile(images):
-            map_index(images, index_archive, MEMBER)  # once, before the threads need it
-        rows += coco_rows(path, images, split)
-    work = {'source': source, 'image_dir': image_dir, 'max_examples': max_examples, 'val_every': val_every}
-    write_dataset(name, work, rows[:max_examples or None], to_caption_example)
-
-
-def coco_rows(path, images, split):
-    """A row for each image of a captions_*.json, with all of its captions."""
-    captions = defaultdict(list)
-    try:
-        with open(path, encoding='utf-8') as f:
-            file = json.load(f)
-        for annotation in file['annotations']:
-            captions[annotation['image_id']].append(annotation['caption'])
-        return [{'image': image['file_name'], 'path': os.path.join(images, image['file_name']),
-                 'captions': captions[image['id']], 'split': split} for image in file['images'] if image['id'] in captions]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is not a captions file as COCO publishes them: {type(error).__name__}: {error}') from error
-
-
-def prepare_cc3m(
-    source='',       # a folder or file as above, or a repository of the hub; '' is pixparse/cc3m-wds
-    name='',         # the dataset is written to data/NAME; '' takes the last part of the source, or cc3m
-    max_examples=0,  # stop after as many images; 0: all
-    val_every=100,   # one image of so many is held out
-):
-    """
-    Writes Conceptual Captions, or any images that img2dataset has downloaded, to data/NAME/{train,val}.jsonl.
-
-    --source is a folder with .tar files in the WebDataset format, one such file, a repository of the hub with such
-    (pixparse/cc3m-wds, pixparse/cc12m-wds), or what img2dataset writes as files: 00000/000000000.jpg with .txt next to it.
-    Images stay where they are, those in a .tar too.
-    """
-    repository = source or 'pixparse/cc3m-wds'
-    roots = list_files(source, ('.tar', '.tar.gz', '.tgz')) or [source]
-    if not os.path.exists(repository):
-        if repository.count('/') != 1:
-            raise ValueError(f'{repository} is neither a folder, a .tar, nor OWNER/NAME on the hub')
-        roots = (download(repository, file) for file in hub_files(repository) if file.endswith('.tar'))
-    rows = (row for root in roots for row in sample_rows(root))
-    work = {'source': repository, 'val_every': val_every, 'max_examples': max_examples}
-    write_dataset(name or default_name(source) or 'cc3m', work, itertools.islice(rows, max_examples or None),
-                  to_caption_example)
-
-
-def hub_files(repository):
-    """The names of the files of a dataset on the hub."""
-    from huggingface_hub import list_repo_files
-    with hub_errors(f'{repository} cannot be listed', 'connect, or name a local copy, --source=FOLDER with its .tar files'):
-        return sorted(list_repo_files(repository, repo_type='dataset'))
-
-
-def sample_rows(root):
-    """The images with captions in a .tar or folder: the files of a sample share their name up to the first dot."""
-    if os.path.isdir(root):
-        names = [os.path.relpath(path, root) for path in list_files(root, (*IMAGE_ENDINGS, '.txt'))]
-    else:
-        map_index(root, index_archive, MEMBER)  # here, in one thread; ValueError if the file is broken
-        with tarfile.open(root) as tar:
-            names = [member.name for member in tar if member.isfile()]
-    for _, sample in itertools.groupby(names, key=lambda name: re.match(r'(.*/)?[^/.]*', name)[0]):
-        files = {os.path.splitext(name)[1].lower(): name for name in sample}
-        image = next((files[ending] for ending in IMAGE_ENDINGS if ending in files), '')
-        if image:
-            caption = read_bytes(os.path.join(root, files['.txt'])).decode(errors='replace') if '.txt' in files else ''
-            yield {'image': os.path.join(os.path.basename(root), image), 'captions': [caption],
-                   'path': os.path.abspath(os.path.join(root, image))}
-
-
-# -----------------------------------------------------------------------------
-# python prepare_data.py features, show
 
 def store_features(
     config: vision.VisionConfig,
@@ -1556,23 +992,17 @@ def store_features(
     dtype='float16',  # or bfloat16: a wider range, less precise
     device='',        # '' takes CUDA or MPS if there is one
 ):
-    """
-    Runs a frozen encoder over all images of a dataset once and stores its features in data/NAME/features-KEY/.
-
-    With connector pool they are stored pooled, in pool_size ** 2 times less space. It prints first how much disk space that
-    takes, and does not begin without. Interrupted, it continues where it was.
-    """
+    """Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted."""
     if not vision.is_pretrained(config):
-        raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen encoder, got {config.vision_encoder!r}: the features '
-                         'of an encoder that is trained change with every step')
-    if dtype not in ('float16', 'bfloat16'):
+        raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen encoder, got {config.vision_encoder!r}')
+    if dtype not in FeatureCache.dtypes:
         raise ValueError(f'dtype must be float16 or bfloat16, got {dtype!r}')
     rows = itertools.chain(open_rows(dataset, 'train'), open_rows(dataset, 'val'))
     paths = list(dict.fromkeys(path for row in rows for path in row['images']))
     if not paths:
         raise ValueError(f'{dataset} has no image files: there is nothing to store')
     config = vision.complete_config(config)
-    device = device or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    device = device or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     model = vision.Vision(config).to(device).eval().requires_grad_(False)
     cache = FeatureCache(dataset, config, model.encoder.fingerprint, dtype)
     os.makedirs(cache.folder, exist_ok=True)
@@ -1586,7 +1016,13 @@ def store_features(
         return features.cpu()
 
     with ThreadPoolExecutor(4) as pool, torch.no_grad():
-        check_space(cache.folder, len(paths), compute(paths[:1]))
+        _, length, width = compute(paths[:1]).shape
+        needed = len(paths) * length * width * 2 / 1e9
+        free = shutil.disk_usage(cache.folder).free / 1e9
+        print(f'{len(paths)} images x {length} tokens x {width} x 2 bytes = {needed:.3f} GB in {cache.folder}; '
+              f'{free:.1f} GB are free', file=sys.stderr)
+        if needed > free:
+            raise ValueError(f'{needed:.1f} GB do not fit into {free:.1f} GB: make room, or pool (--connector=pool)')
         paths = [path for path in paths if not os.path.exists(cache.file_for(path))]
         for i in tqdm(range(0, len(paths), batch_size), unit='batch'):
             batch = paths[i:i + batch_size]
@@ -1598,17 +1034,305 @@ def store_features(
         json.dump({'dtype': dtype, 'vision_encoder': config.vision_encoder}, f)
 
 
-def check_space(folder, n_images, features):
-    """Raises ValueError if the disk has no room for n_images such features (1, L', C)."""
-    _, length, width = features.shape
-    needed = n_images * features.nbytes / 1e9
-    free = shutil.disk_usage(folder).free / 1e9
-    print(f'{n_images} images x {length} tokens x {width} x 2 bytes = {needed:.3f} GB in {folder}; {free:.1f} GB are free',
-          file=sys.stderr)
-    if needed > free:
-        raise ValueError(f'{needed:.1f} GB do not fit into {free:.1f} GB: make room, or pool them '
-                         '(--connector=pool --pool_size=2)')
+# -----------------------------------------------------------------------------
+# commands that write a dataset
 
+def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
+    """
+    Writes convert(row) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in threads,
+    raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl. Called again with the same source,
+    max_examples, val_every and work, it continues where it was. Raises ValueError if a side is empty.
+    """
+    folder = os.path.join('data', name)
+    os.makedirs(folder, exist_ok=True)
+    paths = {file: os.path.join(folder, f'{file}.jsonl') for file in ('train', 'val', 'skipped')}
+    progress = os.path.join(folder, f'progress-{hash64(json.dumps([source, max_examples, val_every, *work])):x}')
+    rows = enumerate(itertools.islice(rows, max_examples or None))
+    to_lines = functools.partial(convert_row, convert=convert, val_every=val_every)
+    try:
+        with open(progress, 'a+b') as f, ThreadPoolExecutor(8) as pool:
+            f.seek(0)
+            done = [len(line) for line in f if line.endswith(b'\n')]
+            f.truncate(sum(done))
+            if done:
+                print(f'resuming after {len(done)} rows', file=sys.stderr)
+            rows = itertools.islice(rows, len(done), None)
+            for chunk in tqdm(iter(lambda: list(itertools.islice(rows, 1000)), []), unit='k rows'):
+                for lines in pool.map(to_lines, chunk):
+                    f.write(json.dumps(lines).encode() + b'\n')
+        counts = Counter()
+        with open(progress, encoding='utf-8') as f, contextlib.ExitStack() as stack:
+            files = {file: stack.enter_context(open(f'{paths[file]}.part', 'w', encoding='utf-8')) for file in paths}
+            for file, row in itertools.chain.from_iterable(map(json.loads, f)):
+                print(json.dumps(row, ensure_ascii=False), file=files[file])
+                counts[row.get('reason', file)] += 1
+        for reason in sorted(counts.keys() - paths.keys()):
+            print(f'skipped: {counts[reason]} rows, {reason}', file=sys.stderr)
+        if not counts['train'] or not counts['val']:
+            raise ValueError(f'of {counts.total()} rows in {source}, {counts["train"]} are left to train on and '
+                             f'{counts["val"]} to hold out: {folder}/skipped.jsonl.part lists why, or --val_every is too large')
+    except ValueError:  # what has to be corrected may concern every row
+        os.remove(progress)
+        raise
+    for path in paths.values():
+        os.replace(f'{path}.part', path)
+    for path in glob.glob(os.path.join(folder, 'progress-*')):
+        os.remove(path)
+    print(f'{folder}: {counts["train"]} examples to train on, {counts["val"]} held out', file=sys.stderr)
+
+
+def convert_row(numbered_row, convert, val_every):
+    """[(file, line)] of a row. Several captions of an image, "references", become an example each to train on."""
+    number, row = numbered_row
+    try:
+        example = convert(row)
+        images = filter(os.path.isabs, example.get('images', ()))  # images that convert has just drawn are relative
+        reason = next(filter(None, map(image_error, images)), '')
+        if reason:
+            raise ValueError(reason)
+    except ValueError as error:
+        return [('skipped', {'row': number, 'id': row.get('id'), 'image': row.get('image'), 'reason': str(error)})]
+    split = row.get('split') or ('val' if is_held_out(holdout_key(row), val_every) else 'train')
+    captions = example.pop('references', []) if split == 'train' else []
+    return [(split, {**example, 'text': IMAGE + caption}) for caption in captions] or [(split, example)]
+
+
+def download(repository, file):
+    """The local path of a file of a dataset on the hub, which is downloaded once."""
+    with explain_errors(f'{file} of {repository} cannot be downloaded', 'connect, or use --source and --image_dir'):
+        return huggingface_hub.hf_hub_download(repository, file, repo_type='dataset')
+
+
+def find_images(image_dir):
+    """The absolute path of a folder or archive of images. An archive is indexed here, before threads need it."""
+    path = os.path.abspath(image_dir)
+    if not os.path.isdir(path):
+        with explain_errors(f'--image_dir={image_dir} does not exist, or is no archive', 'expected a folder, .zip or .tar'):
+            map_members(path)
+    return path
+
+
+def prepare_text(
+    source='',           # a dataset of the hub, or a .txt, .jsonl or .parquet file, or a folder of them
+    subset='',           # the configuration of a dataset of the hub, such as sample-10BT
+    name='',             # the dataset is written to data/NAME; '' takes the last part of the source
+    max_examples=10000,  # stop after as many; 0: all
+    val_every=100,       # one example of so many is held out
+):
+    """Writes the documents of a text dataset to data/NAME/{train,val}.jsonl."""
+    if not source:
+        raise ValueError('expected --source=NAME_ON_THE_HUB or --source=FILE_OR_FOLDER')
+    if os.path.exists(source):
+        rows = (example for path in list_files(source) for _, _, example in scan_file(path))
+    else:
+        import datasets
+        with explain_errors(f'{source} is neither a file here nor a dataset that the hub gives us', 'check the name'):
+            rows = datasets.load_dataset(source, subset or None, split='train', streaming=True)
+    rows = (row for row in rows if isinstance(row.get('text'), str) and row['text'].strip())
+    convert = lambda row: {'text': row['text']}
+    write_dataset(name or Path(source).stem, rows, convert, source, max_examples, val_every, subset)
+
+
+def prepare_shapes(
+    name='shapes',       # the dataset is written to data/NAME
+    max_examples=40000,  # how many conversations
+):
+    """
+    Draws images of colored shapes, with conversations about them: a dataset to learn on when nothing can be downloaded.
+
+    No held-out image is in the training set. One example of twenty has no image, three have two. words.txt lists all words.
+    """
+    folder = os.path.join('data', name)
+    os.makedirs(os.path.join(folder, 'images'), exist_ok=True)
+
+    def convert(row):
+        held_out = row['split'] == 'val'
+
+        def new_image(rng, count):
+            while True:
+                shapes = render.random_shapes(rng, count)
+                if is_held_out(str(sorted(shapes)), VAL_EVERY) == held_out:
+                    return shapes
+
+        images, turns = render.shapes_example(random.Random(f'shapes {row["id"]}'), new_image, held_out)
+        paths = [f'images/{row["id"]:06d}{letter}.png' for letter in 'ab'[:len(images)]]
+        for shapes, path in zip(images, paths):
+            render.draw_shapes(shapes).save(os.path.join(folder, path))
+        messages = [{'role': role, 'content': text} for turn in turns for role, text in zip(('user', 'assistant'), turn)]
+        example = {'messages': messages, 'images': paths}
+        place_images(example, len(paths))
+        return example
+
+    rows = ({'id': i, 'split': 'val' if i * 40 < max_examples else 'train'} for i in range(max_examples))
+    write_dataset(name, rows, convert, 'shapes', max_examples, VAL_EVERY)
+    rows = itertools.chain(open_rows(folder, 'train'), open_rows(folder, 'val'))
+    contents = ' '.join(message['content'] for row in rows for message in row['messages'])
+    with open(os.path.join(folder, 'words.txt'), 'w', encoding='utf-8') as f:
+        f.write('\n'.join(sorted(set(re.findall('[A-Za-z]+', contents)))) + '\n')
+
+
+def prepare_llava(
+    command,
+    repository='',        # of the hub
+    subset='',            # its .json file, without the ending
+    zipped_images='',     # its images, '' if it has none
+    captions_only=False,  # keep only the answer of a conversation, as a caption
+    source='',            # a local .json or .jsonl file in this format, instead of the hub's
+    image_dir='',         # the folder or archive that the images' names are relative to
+    name='',              # the dataset is written to data/NAME; '' takes the source's or the command's name
+    max_examples=0,       # stop after as many rows; 0: all
+    val_every=100,        # one image (or row without an image) of so many is held out
+):
+    """Writes conversations in LLaVA's format, with their images, to data/NAME/{train,val}.jsonl."""
+    path = source or download(repository, f'{subset}.json')
+    if not image_dir and (source or not zipped_images):
+        raise ValueError('expected --image_dir=FOLDER_OR_ZIP: this data has no images of its own, only their names, like '
+                         'those of COCO: http://images.cocodataset.org/zips/train2017.zip')
+    images = find_images(image_dir or download(repository, zipped_images))
+    convert = functools.partial(llava_example, image_dir=images, captions_only=captions_only)
+    write_dataset(name or Path(source).stem or command, json_rows(path), convert, path, max_examples, val_every,
+                  os.path.getsize(path), images, captions_only)
+
+
+def json_rows(path):
+    """The objects of a JSON array or .jsonl, one after another: LLaVA's gigabyte is never in memory as a whole."""
+    opening, closing = ('', '') if path.endswith('.jsonl') else ('[', ']')
+    text, count = '', 0
+    with open(path, encoding='utf-8') as f:
+        if f.read(len(opening)) != opening:
+            raise ValueError(f'{path} is not a JSON array of rows, as LLaVA publishes them')
+        while True:
+            text = text.lstrip(' \n\r\t,')
+            try:
+                row, end = json.JSONDecoder().raw_decode(text)
+            except ValueError as error:
+                more = f.read(1 << 20)
+                if not more and text.rstrip() == closing:
+                    return
+                if not more:
+                    raise ValueError(f'{path} is broken or cut off at row {count}: {error}') from None
+                text += more
+                continue
+            if not isinstance(row, dict):
+                raise ValueError(f'{path}, row {count}: expected an object, got {str(row)[:60]}')
+            yield row
+            text = text[end:]
+            count += 1
+
+
+def llava_example(row, image_dir, captions_only):
+    """A row of LLaVA's -> example. Raises ValueError with the reason why it is skipped."""
+    try:
+        turns = [to_message(turn) for turn in row['conversations']]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError('no conversation in the format of LLaVA') from None
+    system = [turns.pop(0)] if turns and turns[0]['role'] == 'system' else []
+    while turns and turns[-1]['role'] == 'user':     # a question without an answer
+        turns.pop()
+    while turns and turns[0]['role'] == 'assistant':  # an answer without a question
+        turns.pop(0)
+    if not turns or any(turn['role'] != ('user', 'assistant')[i % 2] for i, turn in enumerate(turns)):
+        raise ValueError('no questions and answers by turns')
+    if not all(turn['content'].strip() for turn in turns):
+        raise ValueError('an empty turn')
+    names = row.get('image') or []
+    images = [os.path.join(image_dir, name) for name in ([names] if isinstance(names, str) else names)]
+    example = {'messages': system + turns, 'images': images}
+    place_images(example, len(images))
+    return {'text': IMAGE + turns[-1]['content'].strip(), 'images': images} if captions_only and images else example
+
+
+LLAVA = {
+    'llava_instruct': {'repository': 'liuhaotian/LLaVA-Instruct-150K', 'subset': 'llava_instruct_150k'},
+    'llava_pretrain': {'repository': 'liuhaotian/LLaVA-Pretrain', 'subset': 'blip_laion_cc_sbu_558k',
+                       'zipped_images': 'images.zip', 'captions_only': True},
+    'llava_cc3m': {'repository': 'liuhaotian/LLaVA-CC3M-Pretrain-595K', 'subset': 'chat',
+                   'zipped_images': 'images.zip', 'captions_only': True},
+    'sharegpt4v': {'repository': 'Lin-Chen/ShareGPT4V', 'subset': 'sharegpt4v_instruct_gpt4-vision_cap100k'},
+}
+
+
+def to_caption_example(row):
+    """A row {'captions': [...], 'path': image} -> example. Raises ValueError without a caption."""
+    captions = [' '.join(caption.split()) for caption in row['captions'] if isinstance(caption, str) and caption.strip()]
+    if not captions:
+        raise ValueError('it has no caption')
+    return {'text': IMAGE + captions[0], 'images': [row['path']], 'references': captions}
+
+
+def prepare_coco(
+    source='',             # the folder with captions_train2017.json and captions_val2017.json, or one such file
+    image_dir='',          # the folder with train2017 and val2017, unpacked or as .zip, or the images of the one file
+    name='coco_captions',  # the dataset is written to data/NAME
+    max_examples=0,        # stop after as many images; 0: all
+    val_every=100,         # one image of so many is held out, of one file
+):
+    """Writes COCO's captions, five of an image, to data/NAME/{train,val}.jsonl. val2017 is held out."""
+    if not source or not image_dir:
+        raise ValueError('expected --source=FOLDER with captions_train2017.json and captions_val2017.json, and '
+                         '--image_dir=FOLDER with train2017.zip and val2017.zip of http://images.cocodataset.org')
+    rows = []
+    for split in ('train', 'val') if os.path.isdir(source) else ('',):
+        path = os.path.join(source, f'captions_{split}2017.json') if split else source
+        images = os.path.join(image_dir, f'{split}2017') if split else image_dir
+        images = find_images(images if os.path.exists(images) else f'{images}.zip')
+        with explain_errors(f'{path} does not exist, or is not a captions file as COCO publishes them', 'unpack it anew'):
+            with open(path, encoding='utf-8') as f:
+                file = json.load(f)
+            captions = defaultdict(list)
+            for annotation in file['annotations']:
+                captions[annotation['image_id']].append(annotation['caption'])
+            names = {image['id']: image['file_name'] for image in file['images'] if image['id'] in captions}
+        rows += [{'image': name, 'path': os.path.join(images, name), 'captions': captions[i], 'split': split}
+                 for i, name in names.items()]
+    write_dataset(name, rows, to_caption_example, source, max_examples, val_every, image_dir)
+
+
+def prepare_cc3m(
+    source='',       # a folder or file as above, or a repository of the hub; '' is pixparse/cc3m-wds
+    name='',         # the dataset is written to data/NAME; '' takes the last part of the source, or cc3m
+    max_examples=0,  # stop after as many images; 0: all
+    val_every=100,   # one image of so many is held out
+):
+    """
+    Writes Conceptual Captions, or any images that img2dataset has downloaded, to data/NAME/{train,val}.jsonl.
+
+    --source is a .tar in the WebDataset format, a folder or a repository of the hub (pixparse/cc12m-wds) with such, or what
+    img2dataset writes as files: 00000/000000000.jpg with .txt next to it. Images stay where they are, those in a .tar too.
+    """
+    repository = source or 'pixparse/cc3m-wds'
+    roots = list_files(source, ('.tar', '.tar.gz', '.tgz'))
+    if os.path.isdir(source):
+        roots = roots or [source]
+    if not roots and repository.count('/') != 1:
+        raise ValueError(f'{repository} is neither a folder, a .tar, nor OWNER/NAME on the hub')
+    if not roots:
+        with explain_errors(f'{repository} cannot be listed', 'connect, or use --source=FOLDER with its .tar files'):
+            files = sorted(huggingface_hub.list_repo_files(repository, repo_type='dataset'))
+        roots = (download(repository, file) for file in files if file.endswith('.tar'))
+    rows = (row for root in roots for row in sample_rows(root))
+    write_dataset(name or Path(source).stem or 'cc3m', rows, to_caption_example, repository, max_examples, val_every)
+
+
+def sample_rows(root):
+    """The images with captions in a .tar or folder: the files of a sample share their name up to the first dot."""
+    endings = ('.jpg', '.jpeg', '.png', '.webp')
+    if os.path.isdir(root):
+        names = [os.path.relpath(path, root) for path in list_files(root, (*endings, '.txt'))]
+    else:
+        map_members(root)  # here, in one thread; ValueError if the file is broken
+        with tarfile.open(root) as tar:
+            names = [member.name for member in tar if member.isfile()]
+    for _, sample in itertools.groupby(names, key=lambda name: re.match(r'(.*/)?[^/.]*', name)[0]):
+        files = {os.path.splitext(name)[1].lower(): name for name in sample}
+        image = next((files[ending] for ending in endings if ending in files), '')
+        if image:
+            caption = read_bytes(os.path.join(root, files['.txt'])).decode(errors='replace') if '.txt' in files else ''
+            yield {'image': os.path.join(os.path.basename(root), image), 'captions': [caption],
+                   'path': os.path.abspath(os.path.join(root, image))}
+
+
+# -----------------------------------------------------------------------------
 
 def show_example(
     config: vision.VisionConfig,
@@ -1629,24 +1353,19 @@ def show_example(
     batch = tokenize(rows[index], enc, config, loss_on)
     ids = batch['idx'] + [target for target in batch['targets'][-1:] if target >= 0]
     in_loss = [False, *(target >= 0 for target in batch['targets'])]
-    images = iter(batch['images'])
-    tokens, i = [], 0
-    while i < len(ids):
-        if ids[i] == config.image_token:
-            n_tokens = vision.num_tokens(next(images), config)
-            tokens.append((f'{IMAGE} x {n_tokens}', 'image'))
-            i += n_tokens
+    tokens = []
+    for is_image, run_of_ids in itertools.groupby(range(len(ids)), lambda i: ids[i] == config.image_token):
+        if is_image:
+            tokens.append((f'{IMAGE} x {len(list(run_of_ids))}', 'image'))
             continue
-        token_class = 'special' if ids[i] in enc.special.values() else 'given'
-        tokens.append((enc.decode([ids[i]]), 'in_loss' if in_loss[i] else token_class))
-        i += 1
+        for i in run_of_ids:
+            token_class = 'special' if ids[i] in enc.special.values() else 'given'
+            tokens.append((enc.decode([ids[i]]), 'in_loss' if in_loss[i] else token_class))
     print(f'{dataset}, row {index} to {split} on: {len(batch["images"])} images, {len(ids)} tokens, {sum(in_loss)} of them in '
           f'the loss (in green); as an image in {out}', file=sys.stderr)
     print(render.colorize(tokens, sys.stdout.isatty() and 'NO_COLOR' not in os.environ))
     render.token_sheet([load_image(source) for source in rows[index]['images']], tokens).save(out)
 
-
-# -----------------------------------------------------------------------------
 
 COMMANDS = {
     'text': prepare_text, 'shapes': prepare_shapes, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,
@@ -1655,9 +1374,5 @@ COMMANDS = {
 }
 
 
-def main():
-    run_command(COMMANDS)
-
-
 if __name__ == '__main__':
-    run(main)
+    run(lambda: run_command(COMMANDS))

@@ -141,8 +141,9 @@ def test_an_interrupted_command_continues_where_it_was(upstream, monkeypatch):
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, 'draft', interrupt)
     assert prepare('--name=parts', '--val_every=2').returncode == 130
     assert not Path('data/parts/train.jsonl').exists()
-    assert len(list(Path('data/parts').glob('progress-*/*.jsonl'))) == 2
-    with open(next(Path('data/parts').glob('progress-*/*.part')), 'ab') as f:
+    progress = next(Path('data/parts').glob('progress-*'))
+    assert 2000 <= len(progress.read_bytes().splitlines()) < 3000
+    with open(progress, 'ab') as f:
         f.write(b'{"half a row' * 10000)  # and whatever was still in a buffer
     opened.clear()
     counted = lambda image, *args: opened.append(image) or draft(image, *args)
@@ -219,7 +220,7 @@ def test_a_large_array_is_read_row_by_row(tmp_path, spaces):
     path = tmp_path / 'x.json'
     texts = [json.dumps(r, ensure_ascii=i % 2 == 0) for i, r in enumerate(rows)]
     path.write_text('[' + f',{spaces}'.join(texts) + spaces + ']\n', encoding='utf-8')
-    assert list(json_rows(str(path))) == rows and list(json_rows(str(path), 7)) == rows[:7]
+    assert list(json_rows(str(path))) == rows
     lines = tmp_path / 'x.jsonl'
     lines.write_text('\n'.join(map(json.dumps, rows)) + '\n')
     assert list(json_rows(str(lines))) == rows

@@ -121,10 +121,12 @@ def test_answers_and_their_end_are_in_the_loss_and_nothing_else():
     assert show(batch['targets']) == '·' * 7 + 'Yo<|endoftext|>' + '·' * 6 + 'No<|endoftext|>'
 
 
-def test_white_space_around_an_answer_is_in_the_loss():
-    batch = tokenize(conversation(' Hi ', '\n Yo \n', '', ''), BYTES, CONFIG)
-    assert show(batch['idx']) == '<|user|> Hi <|assistant|>\n Yo \n<|endoftext|><|user|><|assistant|>'
-    assert show(batch['targets']) == '·' * 5 + '\n Yo \n<|endoftext|>' + '·' * 2 + '<|endoftext|>'
+def test_white_space_at_the_ends_of_a_message_is_dropped():
+    example = conversation(' Hi\n there ', '\n Yo,  you \n', '', ' \n')
+    batch = tokenize(example, BYTES, CONFIG)
+    assert show(batch['idx']) == '<|user|>Hi\n there<|assistant|>Yo,  you<|endoftext|><|user|><|assistant|>'
+    assert show(batch['targets']) == '·' * 10 + 'Yo,  you<|endoftext|>' + '·' * 2 + '<|endoftext|>'
+    assert reference(conversation(' Hi ', '\n Yo \n')) == 'Yo'
 
 
 def test_each_byte_of_an_answer_is_in_the_loss():
@@ -291,6 +293,7 @@ def test_segments_of_random_conversations_give_back_their_texts():
                     for _ in range(rng.randint(1, 5))]
         images = rng.choice([[], [red()] * sum(content.count(IMAGE) for content in contents)])
         turns = segments(conversation(*contents, images=images), BYTES, 'all')
-        written = ''.join(f'{USER}{text}' if i % 2 == 0 else f'{ASSISTANT}{text}{END}' for i, text in enumerate(contents))
+        stripped = [content.strip() for content in contents]
+        written = ''.join(f'{USER}{text}' if i % 2 == 0 else f'{ASSISTANT}{text}{END}' for i, text in enumerate(stripped))
         assert ''.join(text for text, *_ in turns) == written
         assert sum(is_special and text == IMAGE for text, is_special, _ in turns) == len(images)

@@ -172,8 +172,8 @@ def test_parquet_with_conversations_and_with_images_inside(tmp_path):
 
 @pytest.mark.parametrize('content, message', [
     ('{"text": "a"}\n{"text": "b"\n', 'line 2 is not JSON'), ('{"text": "a"}\n[1, 2]\n', 'line 2: expected an object'),
-    ('{"txt": "a"}\n', 'line 1: expected an object'), ('{"text": 3}\n', 'line 1: expected'), ('', 'holds no row'),
-    ('\n\n', 'holds no row'), ('{"text": "ab\xff"', 'line 1 is not JSON'),
+    ('{"txt": "a"}\n', 'line 1: expected an object'), ('{"text": 3}\n', 'line 1: expected'), ('', 'has 0 rows'),
+    ('\n\n', 'has 0 rows'), ('{"text": "ab\xff"', 'line 1 is not JSON'),
     ('{"text": "a"}\n\n{"text": "b", "img": "b.png"}\n', 'line 3: the key "img" looks like an image')])
 def test_a_broken_line_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
