@@ -6,8 +6,7 @@ A Q-Former's first stage on a laptop: images of lines of text, with the lines as
 
 Measured 2026-11-24, 2 cores of an Intel Xeon: 6.6 minutes with five evaluations; recall@1 among 1,000 held-out pairs
 94.0 % image to caption, 94.4 % back (chance 0.1 %), mean cosine of two images 0.96. Rounding decides which hard
-negatives are sampled: on 2026-11-21 runs had 95.5 to 96.8 %. Tried: ITC alone, 1 core, lines of 8 to 16 characters,
-86 % after 300 steps.
+negatives are sampled: on 2026-11-21 runs had 95.5 to 96.8 %.
 """
 out_dir = 'out/qformer_cpu'
 objective = 'itc+itm+itg'
