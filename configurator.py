@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 
 
@@ -188,7 +189,8 @@ def print_help(doc, values, *sources):
                 knob = f'  --{name}={remaining.pop(name)!r}'.ljust(42)
                 print(heading + knob + (comment and f' # {comment.strip()}'))
             is_comment = line.strip().startswith('# ') and '---' not in line
-            heading = heading + line.strip() + '\n' if is_comment else ''
+            continued = re.sub('^#  +', ' ' * 43 + '# ', line.strip())  # of the comment above
+            heading = heading + continued + '\n' if is_comment else ''
 
 
 def run(main):

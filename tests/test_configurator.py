@@ -234,8 +234,8 @@ def test_help_lists_every_knob_with_comment_and_value():
         text = f'  --{name}={value!r}'.ljust(42)
         assert lines[name] == (f'{text} # {comments[name]}' if comments[name] else text)
     # and with the further lines of the comment
-    for line in re.findall(r'^#   +.*', top_of_train, re.MULTILINE):
-        assert line in process.stdout
+    for text in re.findall(r'^#   +(.*)', top_of_train, re.MULTILINE):
+        assert f'\n{" " * 43}# {text}\n' in process.stdout
 
 
 def test_mistakes_end_a_script_in_one_sentence():
