@@ -355,6 +355,7 @@ def gradients_of_a_rank(folder):
     (model(batch)['itc'] * (2 / 4)).backward()  # ranks / pairs of all ranks
     if rank == 0:
         torch.save({name: p.grad for name, p in model.module.named_parameters()}, Path(folder) / 'gradients.pt')
+    torch.distributed.barrier()  # leave together: the first one out would break the other's connection
     torch.distributed.destroy_process_group()
 
 
