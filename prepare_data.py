@@ -17,16 +17,12 @@ An example is a JSON line, with image files next to it (drawn text has PIL image
     $ python prepare_data.py show --dataset=mine --index=3                       # an example, and what of it is in the loss
 """
 
-import bisect
 import contextlib
 import dataclasses
 import functools
 import glob
-import hashlib
-import io
 import itertools
 import json
-import math
 import os
 import pickle
 import random
@@ -35,10 +31,7 @@ import shutil
 import struct
 import sys
 import tarfile
-import tempfile
 import time
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,13 +43,13 @@ import safetensors.torch
 import tiktoken
 import tokenizers
 import torch
-from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 import render
 import vision
 from configurator import run, run_command
+from vision import augment_image, hash64, image_error, load_image, map_index, map_members, read_bytes
 
 IMAGE, USER, ASSISTANT, END = '<image>', '<|user|>', '<|assistant|>', '<|endoftext|>'
 
@@ -262,10 +255,6 @@ def place_images(example, n_images):
 # -----------------------------------------------------------------------------
 # what is held out, and the order of an epoch: functions of a hash, so that neither takes memory
 
-def hash64(text):
-    return int.from_bytes(hashlib.sha256(text.encode(errors='replace')).digest()[:8], 'big')
-
-
 def is_held_out(key, every):
     """The one rule for what training never gets: one key of `every`, by its hash."""
     return hash64(key) < 2**64 / every
@@ -287,31 +276,6 @@ def shuffled_index(i, n, key):
         i = left << half | right
         if i < n:  # else it is permuted again
             return i
-
-
-def map_index(path, build, dtype, suffix='index'):
-    """
-    The memory-mapped index of a file, PATH.index, or in the user's cache folder where that cannot be written. If there is
-    none, or the file has changed since, build(path, file) writes it.
-    """
-    status = os.stat(path)
-    header = struct.pack('<qq', status.st_size, status.st_mtime_ns)
-    path = os.path.abspath(path)
-    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    candidates = [f'{path}.{suffix}', os.path.join(cache, 'glimpse', f'{hash64(path):x}.{suffix}')]
-    for index in filter(os.path.isfile, candidates):
-        # unlike np.memmap this keeps no file open: there may be thousands of archives
-        mapped = torch.from_file(index, False, os.path.getsize(index), dtype=torch.uint8).numpy()
-        if mapped[:len(header)].tobytes() == header:
-            return mapped[len(header):].view(dtype)
-    index = candidates[0] if os.access(os.path.dirname(path), os.W_OK) else candidates[1]
-    os.makedirs(os.path.dirname(index), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(index)) as folder:  # so that no half index is left
-        with open(os.path.join(folder, 'index'), 'wb') as f:
-            f.write(header)
-            build(path, f)
-        os.replace(f.name, index)
-    return map_index(path, build, dtype, suffix)
 
 
 # -----------------------------------------------------------------------------
@@ -447,110 +411,6 @@ def held_out_examples(dataset, config, tasks):
     texts = [row['text'] for row in open_rows(dataset, 'train')] if dataset == 'pydoc' else []
     exclude = '\n'.join(' '.join(text.split()) for text in texts)
     return Examples(open_rows(dataset, 'val'), config, seed=0, tasks=tasks, shuffle=False, exclude=exclude)
-
-
-# -----------------------------------------------------------------------------
-# images, also in archives, which are read in place and not kept open
-
-ARCHIVE = re.compile(r'(.+?\.(?:zip|tar|tar\.gz|tgz))/(.+)')
-MEMBER = np.dtype([('name', '<u8'), ('offset', '<i8'), ('size', '<i8'), ('method', '<u4'), ('crc', '<u4')])
-IN_TAR = 1 << 16  # `method` of a tar's members: they are not compressed, and have no checksum
-
-
-def load_image(source, draft=None):
-    """A path or PIL image -> RGB PIL image, upright, on white. `draft`, a size, makes JPEGs faster. ValueError if it fails."""
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(read_bytes(str(source))))
-        if draft:
-            image.draft('RGB', draft)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I') or image.mode == 'F':
-            image = image.convert('F').point(lambda v: v / 257).convert('L')  # 65535 / 257 = 255
-        if image.has_transparency_data:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return image.convert('RGB')
-    except FileNotFoundError as error:
-        raise ValueError(f'no image at {source}') from error
-    except Exception as error:  # for a damaged file Pillow, zlib and struct raise nearly anything
-        raise ValueError(f'{source} is not an image that can be read: {error}') from error
-
-
-def image_error(path):
-    """'' for an image that training can load, else the reason. The decision is load_image's."""
-    try:
-        load_image(path, draft=(64, 64))
-    except ValueError as error:
-        is_missing = isinstance(error.__cause__, FileNotFoundError)
-        return 'the image is missing' if is_missing else 'the image is broken'
-    return ''
-
-
-def augment_image(image, rng, augment):
-    """A random crop of half the image or more, brightness, contrast and saturation. Mirroring would swap left and right."""
-    if 'crop' in augment:
-        width, height = image.size
-        area = width * height * rng.uniform(0.5, 1)
-        aspect = width / height * math.exp(rng.uniform(-1, 1) * math.log(4 / 3))
-        crop_width = max(1, min(width, round(math.sqrt(area * aspect))))
-        crop_height = max(1, min(height, round(math.sqrt(area / aspect))))
-        x = rng.randint(0, width - crop_width)
-        y = rng.randint(0, height - crop_height)
-        image = image.crop((x, y, x + crop_width, y + crop_height))
-    if 'color' in augment:
-        for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
-    return image
-
-
-def read_bytes(path):
-    """The bytes of a file or of a member of an archive, checked. FileNotFoundError if missing; whatever zlib raises."""
-    match = ARCHIVE.fullmatch(path)
-    if not match or os.path.isdir(match[1]):
-        with open(path, 'rb') as f:
-            return f.read()
-    archive, name = match.groups()
-    members = map_members(archive)
-    key = np.uint64(hash64(name))
-    i = bisect.bisect_right(members['name'], key) - 1
-    if i < 0 or members['name'][i] != key:
-        raise FileNotFoundError(f'{archive} has no {name}')
-    _, offset, size, method, crc = members[i].item()
-    with open(archive, 'rb') as f:
-        f.seek(offset)
-        if method != IN_TAR:  # skip the local header, with a name and an extra field of variable length
-            f.seek(sum(struct.unpack('<26xHH', f.read(30))), os.SEEK_CUR)
-        data = f.read(size)
-    if method == zipfile.ZIP_DEFLATED:
-        data = zlib.decompress(data, -zlib.MAX_WBITS)
-    elif method not in (zipfile.ZIP_STORED, IN_TAR):
-        raise ValueError(f'compression method {method} of a .zip is not supported: store or deflate its members')
-    if method != IN_TAR and zlib.crc32(data) != crc:
-        raise ValueError('its checksum is wrong')
-    return data
-
-
-def map_members(archive):
-    """The members of an archive: an array of MEMBER, sorted by the hashes of their names."""
-    return map_index(archive, index_archive, MEMBER)
-
-
-def index_archive(path, f):
-    """Writes the members of an archive to f. ValueError if it is broken or compressed as a whole."""
-    if path.endswith('gz'):
-        raise ValueError(f'{path} is compressed, so that no single image can be read from it: unpack it to a .tar first')
-    with explain_errors(f'{path} is broken or cut off', 'download it again'):
-        if path.endswith('.tar'):
-            with tarfile.open(path, 'r:') as tar:
-                rows = [(m.name, m.offset_data, m.size, IN_TAR, 0) for m in tar if m.isfile()]
-        else:
-            with zipfile.ZipFile(path) as archive:
-                rows = [(m.filename, m.header_offset, m.compress_size, m.compress_type, m.CRC) for m in archive.infolist()]
-    rows = [(name.removeprefix('./'), *rest) for name, *rest in rows]
-    if len({name.partition('/')[0] for name, *_ in rows}) == 1:  # COCO's have one folder, which names may leave out
-        rows += [(name.partition('/')[2], *rest) for name, *rest in rows]
-    members = np.array([(hash64(name), *rest) for name, *rest in rows], MEMBER)
-    f.write(members[members['name'].argsort(kind='stable')].tobytes())
 
 
 # -----------------------------------------------------------------------------
