@@ -121,11 +121,13 @@ class FileRows:
 
     def __getitem__(self, i):
         position = int(self.positions[i])
-        if self.table is not None:
-            return to_example(self.table[position], os.path.dirname(self.path))
-        with open(self.path, 'rb') as f:
-            f.seek(position)
-            return to_example(json.loads(f.readline()), os.path.dirname(self.path))
+        if self.table is None:
+            with open(self.path, 'rb') as f:
+                f.seek(position)
+                row = json.loads(f.readline())
+        else:
+            row = self.table[position]
+        return to_example(row, os.path.dirname(self.path))
 
     def __reduce__(self):  # a worker process maps the index itself
         return FileRows, (self.path, self.split)
@@ -235,8 +237,13 @@ def to_message(turn):
 
 
 def part_to_text(part):
+    """A part of a message's content as text. The image itself is in the row's "images": a part that holds one is refused."""
     part = {key: value for key, value in part.items() if value is not None}
-    return IMAGE if part == {'type': 'image'} else {'text': part['text']}[part['type']]  # the image itself is in "images"
+    if part == {'type': 'image'}:
+        return IMAGE
+    if part['type'] != 'text':
+        raise KeyError(part['type'])
+    return part['text']
 
 
 def place_images(example, n_images):
@@ -818,27 +825,26 @@ class Batches(torch.utils.data.Dataset):
 # features of a frozen encoder, computed once
 
 class FeatureCache:
-    """cache[path] is (features (L', C), grid (L', 2)). The folder's name is a hash of all that they depend on."""
-    dtypes = ('float16', 'bfloat16')
+    """cache[path] is (features float32 (L', C), grid (L', 2)). The folder's name is a hash of what the features depend on."""
 
-    def __init__(self, dataset, config, fingerprint, dtype):
-        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, vision.cell_size(config), dtype]
+    def __init__(self, dataset, config, fingerprint):
+        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, vision.cell_size(config)]
         self.root = dataset_folder(dataset)
         self.folder = os.path.join(self.root, f'features-{hash64(json.dumps(made_by)):016x}')
-        self.finished = os.path.join(self.folder, 'finished.json')
+        self.finished = os.path.join(self.folder, 'finished')  # an empty file, written last
 
     @classmethod
     def find(cls, dataset, config, fingerprint):
         """The finished cache that fits the model, or None. Without published weights features change with every step."""
-        caches = [cls(dataset, config, fingerprint, dtype) for dtype in cls.dtypes if fingerprint]
-        return next((cache for cache in caches if os.path.exists(cache.finished)), None)
+        cache = cls(dataset, config, fingerprint)
+        return cache if fingerprint and os.path.exists(cache.finished) else None
 
     def file_for(self, path):
         return os.path.join(self.folder, f'{hash64(os.path.relpath(path, self.root)):016x}.safetensors')
 
     def __getitem__(self, path):
         try:
-            features = safetensors.torch.load_file(self.file_for(path))['features']
+            features = safetensors.torch.load_file(self.file_for(path))['features'].float()
         except FileNotFoundError:
             raise ValueError(f'{path} is not among the features in {self.folder}: run "prepare_data.py features" again, '
                              'or train with --feature_cache=False') from None
@@ -855,7 +861,7 @@ def store_features(
     """Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted."""
     if not vision.is_pretrained(config):
         raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen encoder, got {config.vision_encoder!r}')
-    if dtype not in FeatureCache.dtypes:
+    if dtype not in ('float16', 'bfloat16'):
         raise ValueError(f'dtype must be float16 or bfloat16, got {dtype!r}')
     rows = itertools.chain(open_rows(dataset, 'train'), open_rows(dataset, 'val'))
     paths = list(dict.fromkeys(path for row in rows for path in row['images']))
@@ -864,7 +870,7 @@ def store_features(
     config = vision.complete_config(config)
     device = device or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     model = vision.Vision(config).to(device).eval().requires_grad_(False)
-    cache = FeatureCache(dataset, config, model.encoder.fingerprint, dtype)
+    cache = FeatureCache(dataset, config, model.encoder.fingerprint)
     os.makedirs(cache.folder, exist_ok=True)
 
     def compute(paths):
@@ -890,8 +896,7 @@ def store_features(
                 file = cache.file_for(path)
                 safetensors.torch.save_file({'features': features.contiguous()}, f'{file}.part')
                 os.replace(f'{file}.part', file)
-    with open(cache.finished, 'w', encoding='utf-8') as f:
-        json.dump({'dtype': dtype, 'vision_encoder': config.vision_encoder}, f)
+    Path(cache.finished).touch()
 
 
 # -----------------------------------------------------------------------------
