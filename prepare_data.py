@@ -855,14 +855,15 @@ def store_features(
     config: vision.VisionConfig,
     dataset='',
     batch_size=32,
-    dtype='float16',  # or bfloat16: a wider range, less precise
-    device='',        # '' takes CUDA or MPS if there is one
+    device='',  # '' takes CUDA or MPS if there is one
 ):
-    """Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted."""
+    """
+    Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted.
+
+    They are stored in float16, those of an image with a feature too large for it in bfloat16.
+    """
     if not vision.is_pretrained(config):
         raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen encoder, got {config.vision_encoder!r}')
-    if dtype not in ('float16', 'bfloat16'):
-        raise ValueError(f'dtype must be float16 or bfloat16, got {dtype!r}')
     rows = itertools.chain(open_rows(dataset, 'train'), open_rows(dataset, 'val'))
     paths = list(dict.fromkeys(path for row in rows for path in row['images']))
     if not paths:
@@ -876,10 +877,7 @@ def store_features(
     def compute(paths):
         images = [vision.preprocess(image, config) for image in pool.map(load_image, paths)]
         patches, grid = vision.collate(images, config)
-        features = model.features(patches.to(device), grid.to(device))[0].to(getattr(torch, dtype))  # (N, L', C)
-        if not features.isfinite().all():
-            raise ValueError(f'a feature is too large for {dtype}: store them with --dtype=bfloat16')
-        return features.cpu()
+        return model.features(patches.to(device), grid.to(device))[0].cpu()     # (N, L', C)
 
     with ThreadPoolExecutor(4) as pool, torch.no_grad():
         _, length, width = compute(paths[:1]).shape
@@ -894,7 +892,9 @@ def store_features(
             batch = paths[i:i + batch_size]
             for path, features in zip(batch, compute(batch)):
                 file = cache.file_for(path)
-                safetensors.torch.save_file({'features': features.contiguous()}, f'{file}.part')
+                half = features.half()
+                half = half if half.isfinite().all() else features.bfloat16()
+                safetensors.torch.save_file({'features': half}, f'{file}.part')
                 os.replace(f'{file}.part', file)
     Path(cache.finished).touch()
 
@@ -926,11 +926,12 @@ def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
                 for lines in pool.map(to_lines, chunk):
                     f.write(json.dumps(lines).encode() + b'\n')
         counts = Counter()
-        with open(progress, encoding='utf-8') as f, contextlib.ExitStack() as stack:
-            files = {file: stack.enter_context(open(f'{paths[file]}.part', 'w', encoding='utf-8')) for file in paths}
-            for file, row in itertools.chain.from_iterable(map(json.loads, f)):
-                print(json.dumps(row, ensure_ascii=False), file=files[file])
-                counts[row.get('reason', file)] += 1
+        for file, path in paths.items():
+            with open(progress, encoding='utf-8') as f, open(f'{path}.part', 'w', encoding='utf-8') as part:
+                for side, row in itertools.chain.from_iterable(map(json.loads, f)):
+                    if side == file:
+                        print(json.dumps(row, ensure_ascii=False), file=part)
+                        counts[row.get('reason', file)] += 1
         for reason in sorted(counts.keys() - paths.keys()):
             print(f'skipped: {counts[reason]} rows, {reason}', file=sys.stderr)
         if not counts['train'] or not counts['val']:
@@ -1091,18 +1092,17 @@ def llava_example(row, image_dir, captions_only):
         turns = [to_message(turn) for turn in row['conversations']]
     except (KeyError, TypeError, ValueError):
         raise ValueError('no conversation in the format of LLaVA') from None
-    system = [turns.pop(0)] if turns and turns[0]['role'] == 'system' else []
-    while turns and turns[-1]['role'] == 'user':     # a question without an answer
-        turns.pop()
-    while turns and turns[0]['role'] == 'assistant':  # an answer without a question
-        turns.pop(0)
-    if not turns or any(turn['role'] != ('user', 'assistant')[i % 2] for i, turn in enumerate(turns)):
+    roles = ''.join(turn['role'][0] for turn in turns)
+    # a system message, then questions and answers by turns; left out: a first answer, a last question
+    match = re.fullmatch('(s?)a*((?:ua)+)u*', roles)
+    if not match:
         raise ValueError('no questions and answers by turns')
-    if not all(turn['content'].strip() for turn in turns):
+    turns = turns[slice(*match.span(1))] + turns[slice(*match.span(2))]
+    if not all(turn['content'].strip() for turn in turns if turn['role'] != 'system'):
         raise ValueError('an empty turn')
     names = row.get('image') or []
     images = [os.path.join(image_dir, name) for name in ([names] if isinstance(names, str) else names)]
-    example = {'messages': system + turns, 'images': images}
+    example = {'messages': turns, 'images': images}
     place_images(example, len(images))
     return {'text': IMAGE + turns[-1]['content'].strip(), 'images': images} if captions_only and images else example
 
@@ -1191,10 +1191,12 @@ def sample_rows(root):
     for _, sample in itertools.groupby(names, key=lambda name: re.match(r'(.*/)?[^/.]*', name)[0]):
         files = {os.path.splitext(name)[1].lower(): name for name in sample}
         image = next((files[ending] for ending in endings if ending in files), '')
+        captions = []
+        if '.txt' in files:
+            captions.append(read_bytes(os.path.join(root, files['.txt'])).decode(errors='replace'))
         if image:
-            caption = read_bytes(os.path.join(root, files['.txt'])).decode(errors='replace') if '.txt' in files else ''
-            yield {'image': os.path.join(os.path.basename(root), image), 'captions': [caption],
-                   'path': os.path.abspath(os.path.join(root, image))}
+            path = os.path.abspath(os.path.join(root, image))
+            yield {'image': os.path.join(os.path.basename(root), image), 'captions': captions, 'path': path}
 
 
 # -----------------------------------------------------------------------------
