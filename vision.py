@@ -31,9 +31,9 @@ import functools
 import hashlib
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,13 +106,17 @@ def preprocess(image, config):
     Raises ValueError for an image that is too elongated.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
-    pixels = np.asarray(resize(image, config))                                  # (H, W, 3)
-    H, W, _ = pixels.shape
-    rows, cols = math.ceil(H / ph), math.ceil(W / pw)
-    grid = np.stack(np.mgrid[:rows, :cols], axis=-1)                            # (rows, cols, 2)
-    # the last row and column of cells are filled up with the image's own border, whatever its color
-    pixels = np.pad(pixels, ((0, -H % (k * ph)), (0, -W % (k * pw)), (0, 0)), mode='edge')
-    grid = np.pad(grid, ((0, -rows % k), (0, -cols % k), (0, 0)), constant_values=-1)
+    image = resize(image, config)
+    width, height = image.size
+    rows = k * math.ceil(height / (k * ph))  # of patches, in whole cells
+    cols = k * math.ceil(width / (k * pw))
+    pixels = np.array(image.crop((0, 0, cols * pw, rows * ph)))                 # (rows * ph, cols * pw, 3)
+    # what the image does not fill repeats its last row and column, whatever their color
+    pixels[height:] = pixels[height - 1]
+    pixels[:, width:] = pixels[:, width - 1:width]
+    grid = np.stack(np.indices((rows, cols)), axis=-1)                          # (rows, cols, 2)
+    grid[math.ceil(height / ph):] = -1
+    grid[:, math.ceil(width / pw):] = -1
     patches = cut(pixels, k, ph, pw)                                            # (L, ph * pw * 3)
     grid = cut(grid, k, 1, 1)                                                   # (L, 2)
     if is_pretrained(config) and config.vision_cls:  # an entry for the class token, which has no patch
@@ -123,9 +127,9 @@ def preprocess(image, config):
 
 def cut(array, k, height, width):
     """(H, W, C) -> pieces of height x width as rows of (L, height * width * C), cell by cell of k x k."""
-    H, W, C = array.shape
-    array = array.reshape(H // (k * height), k, height, W // (k * width), k, width, C)
-    array = array.transpose(0, 3, 1, 4, 2, 5, 6)                                # (rows, cols, k, k, height, width, C)
+    H, _, C = array.shape
+    array = array.reshape(H // (k * height), k, height, -1, k, width, C)
+    array = array.transpose(0, 3, 1, 4, 2, 5, 6)  # (rows, cols, k, k, height, width, C), rows and cols of cells
     return torch.from_numpy(array.reshape(-1, height * width * C))
 
 
@@ -347,8 +351,7 @@ class PretrainedEncoder(Freezable):
         if config.vision_cls and config.connector == 'pool':
             raise ValueError('vision_cls does not work with connector pool: a class token is in no cell of patches')
         self.config = config
-        self.n_cls = int(config.vision_cls)
-        self.width, self.side, unused, *_ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
+        self.width, unused, _ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
         self.tower = open_tower(config.vision_encoder, load)
         for name in unused:
             module_name, _, last = name.rpartition('.')
@@ -359,16 +362,15 @@ class PretrainedEncoder(Freezable):
         # where the class token and the patches, row by row, are in the order of `preprocess`, cell by cell
         _, grid = preprocess(Image.new('RGB', (8, 8)), config)                  # (L, 2)
         row, col = grid.unbind(-1)
-        rank = torch.where(row < 0, self.side**2, row * self.side + col)
-        rank[:self.n_cls] = -1
-        order = rank.argsort()[:self.n_cls + self.side**2]
-        self.register_buffer('order', order, persistent=False)
+        order = (row * len(grid) + col).argsort(stable=True)  # padding, which is -1, comes first
+        self.register_buffer('order', order[(row < 0).sum():], persistent=False)
 
     def forward(self, patches, grid):
         """uint8 patches (N, L, D), grid (N, L, 2) -> features (N, L, C)."""
-        config, side, p = self.config, self.side, self.config.patch_width
+        config, p = self.config, self.config.patch_width
+        side = config.image_size // p
         N, L, _ = patches.shape
-        x = patches[:, self.order[self.n_cls:]].view(N, side, side, p, p, 3) / 255
+        x = patches[:, self.order[-side**2:]].view(N, side, side, p, p, 3) / 255
         x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(N, 3, side * p, side * p)
         margin = config.image_size - side * p  # pixels after the last whole patch, which belong to no patch
@@ -402,18 +404,16 @@ def complete_config(config):
     """
     if not is_pretrained(config) or config.image_size:  # a checkpoint's config is complete
         return config
-    _, side, _, size, mean, std = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
-    patch = size // side
-    return replace(config, image_size=size, image_mean=mean, image_std=std, patch_height=patch, patch_width=patch)
+    *_, fields = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
+    return replace(config, **fields)
 
 
 @functools.lru_cache
 def tower_shape(name, layer, keep_cls):
     """
-    What has to be known of a tower before its weights are read: the width of its features, the rows of its
-    grid of patches, the names of the parameters without an effect; size, mean and std of the images that it
-    was trained on. Found by a forward and a backward pass on the meta device, which has shapes and no
-    numbers.
+    What has to be known of a tower before its weights are read: the width of its features, the names of the
+    parameters without an effect, and the fields of the config that it determines. Found by a forward and a
+    backward pass on the meta device, which has shapes and no numbers.
     """
     published = published_preprocessing(name)
     tower = open_tower(name, load=False, device='meta').eval()
@@ -423,7 +423,7 @@ def tower_shape(name, layer, keep_cls):
         size = own['input_size'][-1]
     else:
         own = tower.preprocess_cfg
-        size, *_ = np.atleast_1d(own['size']).tolist()
+        size = int(np.max(own['size']))  # of the number, or of the two
     trunk = getattr(tower, 'trunk', tower)  # open_clip wraps timm's towers
     if keep_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
         raise ValueError(f'{name} has no class token: leave vision_cls out')
@@ -433,9 +433,11 @@ def tower_shape(name, layer, keep_cls):
         raise ValueError(f'{name} gives no features at vision_layer {layer}: {error}') from error
     x.sum().backward()
     unused = [name for name, p in tower.named_parameters() if p.grad is None]
-    side = math.isqrt(x.shape[1] - int(keep_cls))
-    normalization = {**own, **published}
-    return x.shape[2], side, unused, size, tuple(normalization['mean']), tuple(normalization['std'])
+    patch = size // math.isqrt(x.shape[1] - keep_cls)
+    mean_std = {**own, **published}
+    fields = dict(image_size=size, image_mean=tuple(mean_std['mean']), image_std=tuple(mean_std['std']),
+                  patch_height=patch, patch_width=patch)
+    return x.shape[2], unused, fields
 
 
 def split_name(name):
@@ -453,7 +455,7 @@ def open_tower(name, load, device='cpu'):
         with torch.device(device):
             if name.startswith('timm/'):
                 import timm
-                overlay = dict(file=check_file(weights)) if weights and load else None
+                overlay = dict(file=weights) if weights else None
                 return timm.create_model(model, pretrained=load, num_classes=0, pretrained_cfg_overlay=overlay)
             import open_clip  # takes some seconds
             # the text tower comes along, and is dropped on leaving this line
@@ -495,16 +497,15 @@ def file_preprocessing(model, path):
     import open_clip
     if not path:  # random weights
         return {}
-    config_path = os.path.join(os.path.dirname(check_file(path)), 'open_clip_config.json')
-    if os.path.isfile(config_path):
-        with open(config_path, encoding='utf-8') as f:
-            config = json.load(f)
+    if not Path(path).is_file():
+        raise ValueError(f'{path!r} is neither a tag of its weights nor a file')
+    config_path = Path(path).with_name('open_clip_config.json')
+    if config_path.is_file():
+        config = json.loads(config_path.read_text(encoding='utf-8'))
         return {**config.get('preprocess_cfg', {}), 'quick_gelu': config['model_cfg'].get('quick_gelu', False)}
     tags = [open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
-    stats = {(tag['mean'], tag['std']) for tag in tags}
-    if len(stats) == 1:
-        mean, std = stats.pop()
-        return {'mean': mean, 'std': std}
+    if len({(tag['mean'], tag['std']) for tag in tags}) == 1:
+        return {'mean': tags[0]['mean'], 'std': tags[0]['std']}
     print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are assumed: '
           'put its open_clip_config.json next to it', file=sys.stderr)
     return {}
@@ -513,13 +514,6 @@ def file_preprocessing(model, path):
 def did_you_mean(word, words):
     close = difflib.get_close_matches(word, words, n=3)
     return f': did you mean {" or ".join(close)}?' if close else ''
-
-
-def check_file(path):
-    """The path, if there is such a file."""
-    if not os.path.isfile(path):
-        raise ValueError(f'{path!r} is neither a tag of its weights nor a file')
-    return path
 
 
 def fingerprint(tensors):
@@ -645,8 +639,9 @@ class QFormer(Freezable):
             raise ValueError('a Q-Former needs n_queries, qformer_n_layer and qformer_cross_every of at least 1')
         self.ln_image = nn.LayerNorm(image_width, eps=1e-6)
         self.queries = nn.Parameter(torch.empty(config.n_queries, width))
-        self.wte = nn.Embedding(vocab_size, width) if vocab_size else None
-        self.wpe = nn.Embedding(config.block_size, width) if vocab_size else None
+        if vocab_size:
+            self.wte = nn.Embedding(vocab_size, width)
+            self.wpe = nn.Embedding(config.block_size, width)
         self.ln_embed = nn.LayerNorm(width, eps=1e-12)
         self.h = nn.ModuleList([QFormerBlock(config, image_width, i % config.qformer_cross_every == 0, vocab_size > 0)
                                 for i in range(config.qformer_n_layer)])
@@ -660,7 +655,7 @@ class QFormer(Freezable):
         N = len(image if ids is None else ids)
         K = 0 if image is None else len(self.queries)
         x = self.queries[:K].expand(N, -1, -1)                                  # (N, K, C)
-        is_token = torch.ones(N, K, dtype=torch.bool, device=x.device)
+        is_token = x.new_ones(N, K, dtype=torch.bool)
         if ids is not None:
             text = self.wte(ids.clamp(min=0)) + self.wpe.weight[:ids.shape[1]]  # (N, T, C)
             x = torch.cat([x, text], dim=1)
@@ -778,10 +773,9 @@ class QFormerPretraining(nn.Module):
 
     def __init__(self, config, load=True):
         super().__init__()
-        self.objectives = config.objective.split('+')
-        if self.objectives not in (['itc'], ['itc', 'itm'], ['itc', 'itm', 'itg']):
+        if config.objective not in ('itc', 'itc+itm', 'itc+itm+itg'):
             raise ValueError(f'objective must be lm, itc, itc+itm or itc+itm+itg, got {config.objective!r}')
-        if not config.vision_encoder or config.connector != 'qformer':
+        if config.connector != 'qformer':
             raise ValueError(f'objective {config.objective} trains encoder and Q-Former: set --connector=qformer '
                              'and a --vision_encoder')
         self.config = config
@@ -792,9 +786,9 @@ class QFormerPretraining(nn.Module):
         self.image_proj = nn.Linear(width, config.proj_dim)
         self.text_proj = nn.Linear(width, config.proj_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # one over the temperature
-        if 'itm' in self.objectives:
+        if 'itm' in config.objective:
             self.itm_head = nn.Linear(width, 2)
-        if 'itg' in self.objectives:
+        if 'itg' in config.objective:
             self.itg_head = nn.Linear(width, width)  # before the tokens' own embeddings, as BERT's
 
     param_groups = group_parameters  # the part 'gpt' is the heads
@@ -843,53 +837,54 @@ class QFormerPretraining(nn.Module):
         ids = self.captions(batch)                                              # (B, block_size)
         features, valid = self.vision.features(*batch['images'])
         losses = {}
-        losses['itc'], to_text, to_image, same = self.contrast(features, valid, ids)
-        if 'itm' in self.objectives:
-            losses['itm'] = self.match(features, valid, ids, to_text, to_image, same)
-        if 'itg' in self.objectives:
+        losses['itc'], to_text, to_image = self.contrast(features, valid, ids)
+        if 'itm' in self.config.objective:
+            losses['itm'] = self.match(features, valid, ids, to_text, to_image)
+        if 'itg' in self.config.objective:
             losses['itg'] = self.generate(features, valid, ids)
         return {name: loss * len(ids) for name, loss in losses.items()}
 
     def contrast(self, features, valid, ids):
         """
-        ITC: its loss, and of this rank's own pairs the similarities image to text and text to image, and
-        which captions are the same, (B, B) each.
+        ITC: its loss, and of this rank's own pairs the similarities image to text and text to image, (B, B) each.
         """
         B = len(ids)
         image = self.project_image(features, valid)                             # (B, K, D)
         text = self.text_embeds(ids)                                            # (B, D)
-        all_embeds = torch.cat([image, text[:, None]], dim=1)                   # (A, K + 1, D)
+        all_images = image                                                      # (A, K, D), of all ranks
+        all_texts = text                                                        # (A, D)
         all_ids = ids                                                           # (A, block_size)
-        rank_offset = 0
+        rank = 0
         if self.training and dist.is_initialized():
-            all_embeds = Gather.apply(all_embeds)
+            all_images = Gather.apply(image)
+            all_texts = Gather.apply(text)
             all_ids = Gather.apply(ids)
-            rank_offset = dist.get_rank() * B
+            rank = dist.get_rank()
         # of two images with the same caption neither is wrong
         same = (ids[:, None] == all_ids).all(-1)                                # (B, A)
         targets = same / same.sum(1, keepdim=True)
-        scale = self.logit_scale.exp().clamp(max=100)
-        to_text = scale * torch.einsum('bkd,ad->bak', image, all_embeds[:, -1]).amax(-1)  # (B, A)
-        to_image = scale * torch.einsum('bd,akd->bak', text, all_embeds[:, :-1]).amax(-1)  # (B, A)
-        loss = sum(F.cross_entropy(s.float(), targets, label_smoothing=self.smoothing) for s in (to_text, to_image)) / 2
-        own = slice(rank_offset, rank_offset + B)
-        return loss, to_text[:, own], to_image[:, own], same[:, own]
+        to_text = torch.einsum('bkd,ad->bak', image, all_texts).amax(-1)        # (B, A)
+        to_image = torch.einsum('bd,akd->bak', text, all_images).amax(-1)       # (B, A)
+        logits = self.logit_scale.exp().clamp(max=100) * torch.cat([to_text, to_image])  # (2 B, A)
+        loss = F.cross_entropy(logits.float(), targets.repeat(2, 1), label_smoothing=self.smoothing)
+        to_text, to_image = logits[:, rank * B:(rank + 1) * B].chunk(2)         # (B, B) each
+        return loss, to_text, to_image
 
-    def match(self, features, valid, ids, to_text, to_image, same):
+    def match(self, features, valid, ids, to_text, to_image):
         """ITM: matching pairs and hard negatives, 1 to 2. Rows that all have one caption have no negatives."""
-        has_negative = (~same).any(1)
-        if self.training and not has_negative.any():
-            raise ValueError('all captions of a micro-batch are the same: itm needs a wrong one; raise batch_size')
+        same = (ids[:, None] == ids).all(-1)                                    # (B, B)
         own = torch.arange(len(ids), device=ids.device)
-        others = own[has_negative]                                              # (M)
+        others = own[(~same).any(1)]                                            # (M), those with a negative
+        if self.training and not len(others):
+            raise ValueError('all captions of a micro-batch are the same: itm needs a wrong one; raise batch_size')
         wrong_text = sample_hard_negatives(to_text[others], same[others])       # (M)
         wrong_image = sample_hard_negatives(to_image[others], same[others])     # (M)
         images = torch.cat([own, others, wrong_image])                          # (B + 2 M)
         texts = torch.cat([own, wrong_text, others])                            # (B + 2 M)
         opened = self.prepend_token(ids[texts], self.cls)
         queries, _ = self.vision.qformer(features[images], valid[images], opened, 'itm')
-        matches = torch.arange(len(images), device=ids.device) < len(own)
-        return F.cross_entropy(self.itm_head(queries).mean(1).float(), matches.long())
+        matches = (images == texts).long()
+        return F.cross_entropy(self.itm_head(queries).mean(1).float(), matches)
 
     def generate(self, features, valid, ids):
         """ITG: each token of the caption from the image and the tokens before it."""
