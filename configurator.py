@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -117,13 +118,12 @@ def override(values, argv):
 
 
 def run_config_file(path, values):
-    """Executes a config file, which can read the present values; every name that it sets must be a knob."""
+    """Runs a config file, which can read the present values; every name that it sets must be a knob."""
     if not Path(path).is_file():
         raise ValueError(f'expected a config file or --key=value, got {path!r}, which is not a file')
     print(f'config file: {path}', file=sys.stderr)
-    scope = dict(values)
     try:
-        exec(compile(Path(path).read_bytes(), path, 'exec'), scope)
+        scope = runpy.run_path(path, init_globals=values)
     except Exception as error:
         raise ValueError(f'config file {path} does not run: {type(error).__name__}: {error}') from error
     for key, value in scope.items():

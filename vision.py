@@ -103,7 +103,6 @@ def preprocess(image, config):
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
     The patches come cell by cell, the k x k of one image token next to each other: pooling is a reshape.
-    Raises ValueError for an image that is too elongated.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
     image = resize(image, config)
@@ -129,7 +128,7 @@ def cut(array, k, height, width):
     """(H, W, C) -> pieces of height x width as rows of (L, height * width * C), cell by cell of k x k."""
     H, _, C = array.shape
     array = array.reshape(H // (k * height), k, height, -1, k, width, C)
-    array = array.transpose(0, 3, 1, 4, 2, 5, 6)  # (rows, cols, k, k, height, width, C), rows and cols of cells
+    array = array.transpose(0, 3, 1, 4, 2, 5, 6)            # (rows, cols, k, k, height, width, C)
     return torch.from_numpy(array.reshape(-1, height * width * C))
 
 
@@ -148,7 +147,6 @@ def resize_to_square(image, config):
         pad     the whole image in its own aspect, the rest filled with the encoder's mean color (LLaVA-1.5)
         squash  the whole image, distorted to a square: uses every pixel of the square, good for pages
         crop    its center, the shorter side whole: what CLIP was trained on; it cuts off a page's margins
-    Raises ValueError for another image_fit.
     """
     size = config.image_size, config.image_size
     if config.image_fit == 'pad':
@@ -160,8 +158,8 @@ def resize_to_square(image, config):
         image = ImageOps.fit(image, size)
     else:
         raise ValueError(f'image_fit must be pad, squash or crop, got {config.image_fit!r}')
-    side = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14: 378
-    return image.crop((0, 0, side, side))
+    whole = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14
+    return image.crop((0, 0, whole, whole))
 
 
 def scaled_size(width, height, config):
@@ -178,8 +176,8 @@ def scaled_size(width, height, config):
     while math.ceil(width * scale / cell_w) * math.ceil(height * scale / cell_h) > config.max_image_tokens:
         scale *= 0.98
     if scale < wanted and min(width * scale / pw, height * scale / ph) < 1 / 4:
-        raise ValueError(f'an image of {width}x{height} pixels is too elongated for {config.max_image_tokens} '
-                         'tokens: cut it into pieces or raise max_image_tokens')
+        raise ValueError(f'an image of {width}x{height} pixels is too elongated for '
+                         f'{config.max_image_tokens} tokens: cut it into pieces or raise max_image_tokens')
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
@@ -187,12 +185,11 @@ def crop_line(image):
     """
     A line of text in black on white and without its margins, from the top of its letters to a third of
     their height below the baseline: letters of one font size come out in one size, whatever the margins,
-    colors and letters. The background is the median gray. Ink differs from it by more than a quarter of the
-    strongest contrast. The baseline is the row below which most ink ends. An image without ink is returned
-    as it is.
+    colors and letters. Ink differs from the background by more than a quarter of the strongest contrast.
+    The baseline is the row below which most ink ends. An image without ink is returned as it is.
     """
     gray = np.asarray(image.convert('L'))                                       # (H, W)
-    background = np.bincount(gray.ravel()).cumsum().searchsorted(gray.size / 2)  # the median, faster
+    background = np.bincount(gray.ravel()).cumsum().searchsorted(gray.size / 2)  # the median
     contrast = np.abs(gray.astype(np.float32) - background)
     ink = contrast > max(16, contrast.max() / 4)
     box = Image.fromarray(ink).getbbox()
@@ -221,9 +218,8 @@ def collate(images, config):
     Pads the images of a batch, a list of (patches, grid), to the longest. Returns
         patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
-    An empty list becomes one image that is only padding: it adds no token, but the vision parameters stay
-    in the graph. Without them, a batch of text on one rank would leave the other ranks waiting for
-    gradients.
+    An empty list becomes one image that is only padding. It adds no token, but the vision parameters get
+    gradients of 0: without them, a batch of text on one rank would leave the other ranks waiting.
     """
     if not images:
         patches, grid = preprocess(Image.new('RGB', (config.patch_width, config.patch_height)), config)
@@ -250,10 +246,7 @@ def attend(q, k, v, n_head, mask):
 
 
 def padding_mask(valid):
-    """
-    valid (N, L) -> the attention mask (N, 1, 1, L). An image that is only padding has nothing to attend to,
-    but softmax needs something: its padding.
-    """
+    """valid (N, L) -> attention mask (N, 1, 1, L). If all is padding, softmax needs something: the padding."""
     return (valid | ~valid.any(1, keepdim=True))[:, None, None]
 
 
@@ -303,7 +296,7 @@ class ViT(Freezable):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith('.bias'):
                 nn.init.zeros_(p)
-        # neighboring rows and columns start similar: sines and cosines, trained from there on
+        # neighboring rows and columns start similar: sines and cosines, which are then trained
         for table in (self.row_embed, self.col_embed):
             table.weight.data = sinusoids(max_length, width)
 
@@ -340,16 +333,13 @@ class PretrainedEncoder(Freezable):
     Its features are those of layer vision_layer: -2, the penultimate, is LLaVA's choice, because the last
     layer is specialized in making a single vector; -1 is the last, after the tower's own final norm.
     Parameters without an effect on that layer become buffers: they would never get a gradient, and DDP
-    would wait for it.
-
-    The config has to be complete (`complete_config`). Raises ValueError if there is no such model or its
-    weights cannot be read.
+    would wait for it. The config has to be complete (`complete_config`).
     """
 
     def __init__(self, config, load=True):
         super().__init__()
         if config.vision_cls and config.connector == 'pool':
-            raise ValueError('vision_cls does not work with connector pool: a class token is in no cell of patches')
+            raise ValueError('vision_cls does not work with connector pool: a class token is in no cell')
         self.config = config
         self.width, unused, _ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
         self.tower = open_tower(config.vision_encoder, load)
@@ -370,11 +360,11 @@ class PretrainedEncoder(Freezable):
         config, p = self.config, self.config.patch_width
         side = config.image_size // p
         N, L, _ = patches.shape
-        x = patches[:, self.order[-side**2:]].view(N, side, side, p, p, 3) / 255
+        x = patches[:, self.order[-side**2:]].view(N, side, side, p, p, 3) / 255  # without the class token's
         x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(N, 3, side * p, side * p)
         margin = config.image_size - side * p  # pixels after the last whole patch, which belong to no patch
-        x = F.pad(x, (0, margin, 0, margin))                                    # (N, 3, image_size, image_size)
+        x = F.pad(x, (0, margin, 0, margin))                                    # (N, 3, size, size)
         out = x.new_zeros(N, L, self.width)
         out[:, self.order] = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
         return out
@@ -382,15 +372,17 @@ class PretrainedEncoder(Freezable):
 
 def forward_features(tower, x, layer, keep_cls):
     """Normalized pixels (N, 3, S, S) -> features of a layer (N, L, C), class token first, then row by row."""
-    options = dict(indices=[layer], output_fmt='NCHW', intermediates_only=True, stop_early=True)
+    is_last = layer == -1
+    forward = functools.partial(tower.forward_intermediates, x, indices=[layer], output_fmt='NCHW',
+                                intermediates_only=True, stop_early=True)
     if hasattr(tower, 'preprocess_cfg'):  # open_clip's
-        out = tower.forward_intermediates(x, normalize_intermediates=layer == -1, output_extra_tokens=keep_cls, **options)
-        x = out['image_intermediates'][0]                                       # (N, C, rows, cols)
-        prefix = out.get('image_intermediates_prefix', [None])[0]
+        out = forward(normalize_intermediates=is_last, output_extra_tokens=keep_cls)
+        x, = out['image_intermediates']                                         # (N, C, rows, cols)
+        prefix, = out.get('image_intermediates_prefix', [None])
     elif keep_cls:
-        x, prefix = tower.forward_intermediates(x, norm=layer == -1, return_prefix_tokens=True, **options)[0]
+        (x, prefix), = forward(norm=is_last, return_prefix_tokens=True)
     else:
-        x = tower.forward_intermediates(x, norm=layer == -1, **options)[0]
+        x, = forward(norm=is_last)
     x = x.flatten(2).transpose(1, 2)                                            # (N, rows * cols, C)
     return torch.cat([prefix[:, :1], x], dim=1) if keep_cls else x
 
@@ -399,8 +391,7 @@ def complete_config(config):
     """
     The config with what a pretrained encoder determines: image_size, image_mean, image_std, patch_height,
     patch_width. Reads no weights. Any other config is returned as it is. Raises ValueError if there is no
-    such encoder, or its name asks for another activation than its weights were trained with: OpenAI's need
-    the names with "quickgelu".
+    such encoder.
     """
     if not is_pretrained(config) or config.image_size:  # a checkpoint's config is complete
         return config
@@ -449,7 +440,10 @@ def split_name(name):
 
 
 def open_tower(name, load, device='cpu'):
-    """The named image tower. Without `load` its weights are random and nothing is read."""
+    """
+    The named image tower. Without `load` its weights are random and nothing is read. Raises ValueError if
+    there is no such model, or its weights cannot be read.
+    """
     model, weights = split_name(name)
     try:
         with torch.device(device):
@@ -463,17 +457,22 @@ def open_tower(name, load, device='cpu'):
                 model, weights if load else None, load_weights=load, require_pretrained=load,
                 pretrained_text=False, device=device).visual
     except Exception as error:  # open_clip, timm and the hub's client raise many of their own
-        raise ValueError(f'{name} cannot be loaded ({str(error).splitlines()[0]}): connect once to download it, '
-                         'or name a file of its weights, like ViT-L-14-quickgelu/FILE.safetensors') from error
+        reason, *_ = str(error).splitlines()
+        raise ValueError(f'{name} cannot be loaded ({reason}): connect once to download it, or name a file '
+                         'of its weights, like ViT-L-14-quickgelu/FILE.safetensors') from error
 
 
 def published_preprocessing(name):
-    """open_clip's mean, std and quick_gelu of the named weights, or {}. Raises ValueError for a wrong name."""
+    """
+    open_clip's mean, std and quick_gelu of the named weights, or {}. Raises ValueError for a wrong name, also
+    for one with another activation than its weights were trained with.
+    """
     model, weights = split_name(name)
     if name.startswith('timm/'):
         import timm
         if not timm.is_model(model):
-            raise ValueError(f'{name} is not a model of timm{did_you_mean(model.partition(".")[0], timm.list_models())}')
+            architecture, *_ = model.split('.')
+            raise ValueError(f'{name} is not a model of timm{did_you_mean(architecture, timm.list_models())}')
         return {}
     if model == name:  # hf-hub: or local-dir:
         return {}
@@ -502,12 +501,14 @@ def file_preprocessing(model, path):
     config_path = Path(path).with_name('open_clip_config.json')
     if config_path.is_file():
         config = json.loads(config_path.read_text(encoding='utf-8'))
-        return {**config.get('preprocess_cfg', {}), 'quick_gelu': config['model_cfg'].get('quick_gelu', False)}
-    tags = [open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
-    if len({(tag['mean'], tag['std']) for tag in tags}) == 1:
-        return {'mean': tags[0]['mean'], 'std': tags[0]['std']}
-    print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are assumed: '
-          'put its open_clip_config.json next to it', file=sys.stderr)
+        quick_gelu = config['model_cfg'].get('quick_gelu', False)
+        return {**config.get('preprocess_cfg', {}), 'quick_gelu': quick_gelu}
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    published = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    if len({(p['mean'], p['std']) for p in published}) == 1:
+        return {'mean': published[0]['mean'], 'std': published[0]['std']}
+    print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are '
+          'assumed: put its open_clip_config.json next to it', file=sys.stderr)
     return {}
 
 
@@ -529,7 +530,7 @@ def fingerprint(tensors):
 # the connector
 
 def pool(x, grid, k):
-    """Features (N, L, C) -> the mean of each cell of k x k patches (N, L / k^2, C), which cells have any (N, L / k^2)."""
+    """Features (N, L, C) -> the mean of each cell of k x k patches (N, L', C), and which have any (N, L')."""
     valid = (grid[..., :1] >= 0).unflatten(1, (-1, k**2))                       # (N, L', k*k, 1)
     # a cell at the border of an image holds fewer patches: its mean is over those
     total = (x.unflatten(1, (-1, k**2)) * valid).sum(2)                         # (N, L', C)
@@ -569,8 +570,7 @@ class FeedForward(nn.Module):
 class QFormerBlock(nn.Module):
     """
     Queries and text share one self-attention, whose mask says which attends to which. Then queries attend
-    to the image, if this layer has cross-attention. Queries and text have feed-forward networks of their
-    own.
+    to the image, if this layer has cross-attention. Queries and text have their own feed-forward networks.
     """
 
     def __init__(self, config, image_width, has_cross_attn, has_text_mlp):
@@ -620,10 +620,9 @@ def qformer_mask(objective, n_queries, is_token):
 
 class QFormer(Freezable):
     """
-    BLIP-2's Querying Transformer: n_queries trained vectors that attend to an image and carry what they
-    read. A BERT in which the queries attend to the image in every qformer_cross_every-th layer, from the
-    first on. With vocab_size > 0 it reads text too, which the first stage of training needs; as a connector
-    it does not.
+    BLIP-2's Querying Transformer: a BERT in which n_queries trained vectors attend to an image in every
+    qformer_cross_every-th layer, from the first on, and carry what they read. With vocab_size > 0 it reads
+    text too, which the first stage of training needs.
 
     forward(image (N, L, D), valid (N, L), ids (N, T)) -> queries (N, K, C), text (N, T, C). Without an
     image (None) there are no queries, without ids no text. ids are padded with -1; objective as in
@@ -636,7 +635,7 @@ class QFormer(Freezable):
         if width % config.qformer_n_head:
             raise ValueError(f'qformer_n_embd ({width}) must be a multiple of qformer_n_head ({config.qformer_n_head})')
         if min(config.n_queries, config.qformer_n_layer, config.qformer_cross_every) < 1:
-            raise ValueError('a Q-Former needs n_queries, qformer_n_layer and qformer_cross_every of at least 1')
+            raise ValueError('n_queries, qformer_n_layer and qformer_cross_every must be at least 1')
         self.ln_image = nn.LayerNorm(image_width, eps=1e-6)
         self.queries = nn.Parameter(torch.empty(config.n_queries, width))
         if vocab_size:
@@ -692,8 +691,8 @@ class Connector(Freezable):
 
 class Vision(nn.Module):
     """
-    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd) and which are valid (N,
-    L'). Cached features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
+    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd), which are valid (N, L').
+    Cached features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
     load=False reads no published weights: those of a checkpoint come next. With pretraining=True, in
     BLIP-2's first stage, there is no GPT to connect to, and the Q-Former reads text itself.
     """
@@ -757,16 +756,15 @@ class QFormerPretraining(nn.Module):
     Trains encoder and Q-Former on images and captions by up to three objectives (config.objective), as
     BLIP-2 does; a GPT can then take both over (train.py's vision_from).
 
-        itc  contrast: each image has to find its caption among those of all ranks, and each caption its image, by
-             embeddings (proj_dim). Their similarity is that of the query closest to the caption
-        itm  matching: does this caption belong to this image? Asked of the pair, of the image with a wrong caption and
-             of the caption with a wrong image, both sampled from the micro-batch, the more similar the more
-             often
+        itc  contrast: each image has to find its caption among those of all ranks, and each caption its
+             image, by embeddings (proj_dim). Their similarity is that of the query closest to the caption
+        itm  matching: does this caption belong to this image? Asked of the pair, of the image with a wrong
+             caption and of the caption with a wrong image, both sampled from the micro-batch by similarity
         itg  generation: the caption token by token, from what the queries read
 
     It has the contract of model.py's GPT, and a GPT's batches: the caption is what is in the loss of a row.
     Two ids of its own, CLS and DEC, are prepended to a caption that is compared, and to one that is
-    generated. Raises ValueError for an unknown objective.
+    generated.
     """
 
     smoothing = 0.1  # of the labels of ITC and ITG
@@ -776,8 +774,8 @@ class QFormerPretraining(nn.Module):
         if config.objective not in ('itc', 'itc+itm', 'itc+itm+itg'):
             raise ValueError(f'objective must be lm, itc, itc+itm or itc+itm+itg, got {config.objective!r}')
         if config.connector != 'qformer':
-            raise ValueError(f'objective {config.objective} trains encoder and Q-Former: set --connector=qformer '
-                             'and a --vision_encoder')
+            raise ValueError(f'objective {config.objective} trains encoder and Q-Former: set '
+                             '--connector=qformer and a --vision_encoder')
         self.config = config
         width = config.qformer_n_embd
         self.cls = config.vocab_size
@@ -825,15 +823,15 @@ class QFormerPretraining(nn.Module):
         length = (targets >= 0).sum(1)                                          # (B)
         wrong = (n_images != 1) | (length < 2)  # the end token alone is no caption
         if wrong.any():
-            raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, but '
-                             f'an example has {n_images[wrong][0]:g} images and a caption of '
+            raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, '
+                             f'but an example has {n_images[wrong][0]:g} images and a caption of '
                              f'{max(0, length[wrong][0] - 1)} tokens')
         order = torch.argsort(targets < 0, dim=1, stable=True)  # brings the caption to the front
         extra = self.config.block_size - targets.shape[1]  # below 0, F.pad crops
         return F.pad(targets.gather(1, order), (0, extra), value=-1)
 
     def forward(self, batch):
-        """A batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs B}."""
+        """A batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs}."""
         ids = self.captions(batch)                                              # (B, block_size)
         features, valid = self.vision.features(*batch['images'])
         losses = {}
@@ -845,9 +843,7 @@ class QFormerPretraining(nn.Module):
         return {name: loss * len(ids) for name, loss in losses.items()}
 
     def contrast(self, features, valid, ids):
-        """
-        ITC: its loss, and of this rank's own pairs the similarities image to text and text to image, (B, B) each.
-        """
+        """ITC: its loss, and this rank's own similarities image to text and text to image, (B, B) each."""
         B = len(ids)
         image = self.project_image(features, valid)                             # (B, K, D)
         text = self.text_embeds(ids)                                            # (B, D)
@@ -871,7 +867,7 @@ class QFormerPretraining(nn.Module):
         return loss, to_text, to_image
 
     def match(self, features, valid, ids, to_text, to_image):
-        """ITM: matching pairs and hard negatives, 1 to 2. Rows that all have one caption have no negatives."""
+        """ITM: matching pairs and hard negatives, 1 to 2. If all captions are the same there are none."""
         same = (ids[:, None] == ids).all(-1)                                    # (B, B)
         own = torch.arange(len(ids), device=ids.device)
         others = own[(~same).any(1)]                                            # (M), those with a negative
@@ -890,13 +886,14 @@ class QFormerPretraining(nn.Module):
         """ITG: each token of the caption from the image and the tokens before it."""
         opened = self.prepend_token(ids, self.dec)
         _, x = self.vision.qformer(features, valid, opened, 'itg')
-        logits = F.linear(F.gelu(self.itg_head(x[:, :-1])), self.vision.qformer.wte.weight)  # (B, T, vocab_size + 2)
+        x = F.gelu(self.itg_head(x[:, :-1]))                                    # (B, T, C)
+        logits = F.linear(x, self.vision.qformer.wte.weight)                    # (B, T, vocab_size + 2)
         return F.cross_entropy(logits.float().flatten(0, 1), opened[:, 1:].flatten(), ignore_index=-1,
                                label_smoothing=self.smoothing)
 
 
 class Gather(torch.autograd.Function):
-    """x of all ranks, concatenated. The gradients that all ranks have for this rank's x come back to it, summed."""
+    """x of all ranks, concatenated. The gradients that the ranks have for this rank's x come back, summed."""
 
     @staticmethod
     def forward(ctx, x):
