@@ -22,13 +22,12 @@ from pathlib import Path
 
 def configure(knobs, config_class=None, argv=None):
     """
-    Overrides the knobs in a script's globals() by config files and --key=value, in the order in which they
-    come. Returns {name: value} of all knobs; the script's own are set in its globals as well.
+    Overrides the knobs in a script's globals() by config files and --key=value, in their order. Returns
+    {name: value} of all knobs; the script's own are set in its globals as well.
 
-    A knob is a global whose value is a bool, int, float, str or a tuple of str, or a field of the dataclass
-    config_class that the script does not list itself. `--key value` and `--flag` (for True) work too; a
-    tuple takes all values that follow: `--image a.png b.png`. Raises ValueError for an unknown key or a
-    value that is not of the knob's type.
+    A knob is a global whose value is a bool, int, float, str or a tuple of str, or another field of the
+    dataclass config_class. `--key value` and `--flag` (for True) work too; a tuple takes all values that
+    follow: `--image a.png b.png`. Raises ValueError for an unknown key or a value of another type.
     """
     argv = sys.argv[1:] if argv is None else argv
     own = {name: value for name, value in knobs.items() if is_knob(name, value)}
@@ -42,7 +41,7 @@ def configure(knobs, config_class=None, argv=None):
 
 
 def run_command(commands, argv=None):
-    """Runs `SCRIPT NAME --key=value`: calls the function commands[NAME]; its knobs are its keyword arguments."""
+    """Runs `SCRIPT NAME --key=value`: calls commands[NAME]; its keyword arguments are the knobs."""
     argv = sys.argv[1:] if argv is None else argv
     if asks_for_help(argv[:1]):
         for name, function in commands.items():
@@ -170,7 +169,7 @@ def asks_for_help(argv):
 
 
 def print_help(doc, values, source, classes):
-    """Prints every knob as '--name=value  # comment', in the sources' order and under their headings; exits."""
+    """Prints every knob as '--name=value  # comment', in the sources' order, with their headings; exits."""
     print((doc or '').strip() + '\n')
     remaining = dict(values)
     extended = [base for cls in classes if cls for base in inspect.getmro(cls)[:-1]]

@@ -246,7 +246,8 @@ def attend(q, k, v, n_head, mask):
 
 
 def padding_mask(valid):
-    """valid (N, L) -> attention mask (N, 1, 1, L). If all is padding, softmax needs something: the padding."""
+    """valid (N, L) -> the attention mask (N, 1, 1, L)."""
+    # softmax needs something to attend to: in an image that is only padding, the padding
     return (valid | ~valid.any(1, keepdim=True))[:, None, None]
 
 
@@ -389,11 +390,11 @@ def forward_features(tower, x, layer, keep_cls):
 
 def complete_config(config):
     """
-    The config with what a pretrained encoder determines: image_size, image_mean, image_std, patch_height,
-    patch_width. Reads no weights. Any other config is returned as it is. Raises ValueError if there is no
-    such encoder.
+    The config with what a pretrained encoder determines: the size, mean and std of its images, the size of
+    its patches. Reads no weights. Raises ValueError for a wrong name, also for one with another activation
+    than its weights were trained with: OpenAI's need the names with "quickgelu".
     """
-    if not is_pretrained(config) or config.image_size:  # a checkpoint's config is complete
+    if not is_pretrained(config) or config.image_size:  # it is complete, as a checkpoint's is
         return config
     *_, fields = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
     return replace(config, **fields)
@@ -440,16 +441,13 @@ def split_name(name):
 
 
 def open_tower(name, load, device='cpu'):
-    """
-    The named image tower. Without `load` its weights are random and nothing is read. Raises ValueError if
-    there is no such model, or its weights cannot be read.
-    """
+    """The named image tower. Without `load` its weights are random and nothing is read."""
     model, weights = split_name(name)
     try:
         with torch.device(device):
             if name.startswith('timm/'):
                 import timm
-                overlay = dict(file=weights) if weights else None
+                overlay = dict(file=check_file(weights)) if weights and load else None
                 return timm.create_model(model, pretrained=load, num_classes=0, pretrained_cfg_overlay=overlay)
             import open_clip  # takes some seconds
             # the text tower comes along, and is dropped on leaving this line
@@ -457,22 +455,18 @@ def open_tower(name, load, device='cpu'):
                 model, weights if load else None, load_weights=load, require_pretrained=load,
                 pretrained_text=False, device=device).visual
     except Exception as error:  # open_clip, timm and the hub's client raise many of their own
-        reason, *_ = str(error).splitlines()
+        reason = str(error).partition('\n')[0]
         raise ValueError(f'{name} cannot be loaded ({reason}): connect once to download it, or name a file '
                          'of its weights, like ViT-L-14-quickgelu/FILE.safetensors') from error
 
 
 def published_preprocessing(name):
-    """
-    open_clip's mean, std and quick_gelu of the named weights, or {}. Raises ValueError for a wrong name, also
-    for one with another activation than its weights were trained with.
-    """
+    """open_clip's mean, std and quick_gelu of the named weights, or {}. Raises ValueError for a wrong name."""
     model, weights = split_name(name)
     if name.startswith('timm/'):
         import timm
         if not timm.is_model(model):
-            architecture, *_ = model.split('.')
-            raise ValueError(f'{name} is not a model of timm{did_you_mean(architecture, timm.list_models())}')
+            raise ValueError(f'{name} is not a model of timm{did_you_mean(model, timm.list_models())}')
         return {}
     if model == name:  # hf-hub: or local-dir:
         return {}
@@ -496,9 +490,7 @@ def file_preprocessing(model, path):
     import open_clip
     if not path:  # random weights
         return {}
-    if not Path(path).is_file():
-        raise ValueError(f'{path!r} is neither a tag of its weights nor a file')
-    config_path = Path(path).with_name('open_clip_config.json')
+    config_path = Path(check_file(path)).with_name('open_clip_config.json')
     if config_path.is_file():
         config = json.loads(config_path.read_text(encoding='utf-8'))
         quick_gelu = config['model_cfg'].get('quick_gelu', False)
@@ -515,6 +507,13 @@ def file_preprocessing(model, path):
 def did_you_mean(word, words):
     close = difflib.get_close_matches(word, words, n=3)
     return f': did you mean {" or ".join(close)}?' if close else ''
+
+
+def check_file(path):
+    """The path, if there is such a file."""
+    if not Path(path).is_file():
+        raise ValueError(f'{path!r} is neither a tag of its weights nor a file')
+    return path
 
 
 def fingerprint(tensors):
@@ -642,8 +641,10 @@ class QFormer(Freezable):
             self.wte = nn.Embedding(vocab_size, width)
             self.wpe = nn.Embedding(config.block_size, width)
         self.ln_embed = nn.LayerNorm(width, eps=1e-12)
-        self.h = nn.ModuleList([QFormerBlock(config, image_width, i % config.qformer_cross_every == 0, vocab_size > 0)
-                                for i in range(config.qformer_n_layer)])
+        self.h = nn.ModuleList()
+        for i in range(config.qformer_n_layer):
+            has_cross_attn = i % config.qformer_cross_every == 0
+            self.h.append(QFormerBlock(config, image_width, has_cross_attn, has_text_mlp=vocab_size > 0))
         for name, p in self.named_parameters():  # as BERT's
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -671,9 +672,8 @@ class QFormer(Freezable):
 
 class Connector(Freezable):
     """
-    Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others:
-    Linear, GELU, Linear, LLaVA-1.5's mlp2x_gelu; on all features (mlp), on their means (pool), on the
-    queries of a Q-Former (qformer).
+    Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others are
+    LLaVA-1.5's two layers: on all features (mlp), on their means (pool), on a Q-Former's queries (qformer).
     """
 
     def __init__(self, config, width):
@@ -727,9 +727,8 @@ class Vision(nn.Module):
     @torch.no_grad()
     def match_rms(self, rms):
         """
-        Scales the connector's last layer so that image embeddings enter a trained GPT with the RMS of its
-        token embeddings, `rms`, measured on a seeded image. If image embeddings are much smaller or larger
-        than token embeddings, training starts badly.
+        Scales the connector's last layer so that the embeddings of a seeded image have the RMS of the GPT's
+        token embeddings, `rms`. If they are much smaller or larger, training starts badly.
         """
         blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         image = Image.fromarray(blots).resize((224, 224))
@@ -763,8 +762,7 @@ class QFormerPretraining(nn.Module):
         itg  generation: the caption token by token, from what the queries read
 
     It has the contract of model.py's GPT, and a GPT's batches: the caption is what is in the loss of a row.
-    Two ids of its own, CLS and DEC, are prepended to a caption that is compared, and to one that is
-    generated.
+    Two ids of its own, CLS and DEC, are prepended to captions that are compared, and that are generated.
     """
 
     smoothing = 0.1  # of the labels of ITC and ITG
@@ -831,7 +829,7 @@ class QFormerPretraining(nn.Module):
         return F.pad(targets.gather(1, order), (0, extra), value=-1)
 
     def forward(self, batch):
-        """A batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs}."""
+        """Batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs}."""
         ids = self.captions(batch)                                              # (B, block_size)
         features, valid = self.vision.features(*batch['images'])
         losses = {}
@@ -847,15 +845,12 @@ class QFormerPretraining(nn.Module):
         B = len(ids)
         image = self.project_image(features, valid)                             # (B, K, D)
         text = self.text_embeds(ids)                                            # (B, D)
-        all_images = image                                                      # (A, K, D), of all ranks
-        all_texts = text                                                        # (A, D)
-        all_ids = ids                                                           # (A, block_size)
         rank = 0
+        of_all_ranks = [image, text, ids]
         if self.training and dist.is_initialized():
-            all_images = Gather.apply(image)
-            all_texts = Gather.apply(text)
-            all_ids = Gather.apply(ids)
             rank = dist.get_rank()
+            of_all_ranks = [Gather.apply(x) for x in of_all_ranks]
+        all_images, all_texts, all_ids = of_all_ranks           # (A, K, D), (A, D), (A, block_size)
         # of two images with the same caption neither is wrong
         same = (ids[:, None] == all_ids).all(-1)                                # (B, A)
         targets = same / same.sum(1, keepdim=True)
@@ -872,15 +867,14 @@ class QFormerPretraining(nn.Module):
         own = torch.arange(len(ids), device=ids.device)
         others = own[(~same).any(1)]                                            # (M), those with a negative
         if self.training and not len(others):
-            raise ValueError('all captions of a micro-batch are the same: itm needs a wrong one; raise batch_size')
+            raise ValueError('all captions of a micro-batch are the same: itm needs another; raise batch_size')
         wrong_text = sample_hard_negatives(to_text[others], same[others])       # (M)
         wrong_image = sample_hard_negatives(to_image[others], same[others])     # (M)
         images = torch.cat([own, others, wrong_image])                          # (B + 2 M)
         texts = torch.cat([own, wrong_text, others])                            # (B + 2 M)
         opened = self.prepend_token(ids[texts], self.cls)
         queries, _ = self.vision.qformer(features[images], valid[images], opened, 'itm')
-        matches = (images == texts).long()
-        return F.cross_entropy(self.itm_head(queries).mean(1).float(), matches)
+        return F.cross_entropy(self.itm_head(queries).mean(1).float(), (images == texts).long())
 
     def generate(self, features, valid, ids):
         """ITG: each token of the caption from the image and the tokens before it."""
