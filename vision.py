@@ -222,7 +222,7 @@ def collate(images, config):
     gradients of 0: without them, a batch of text on one rank would leave the other ranks waiting.
     """
     if not images:
-        patches, grid = preprocess(Image.new('RGB', (config.patch_width, config.patch_height)), config)
+        patches, grid = preprocess(Image.new('RGB', (1, 1)), config)
         images = [(patches, torch.full_like(grid, -1))]
     patches, grids = zip(*images)
     return pad_sequence(patches, batch_first=True), pad_sequence(grids, batch_first=True, padding_value=-1)
@@ -582,7 +582,8 @@ class QFormerBlock(nn.Module):
 
     def forward(self, x, n_queries, mask, image, image_mask):
         x = self.attn(x, x, mask)                                               # (N, K + T, C)
-        queries, text = x[:, :n_queries], x[:, n_queries:]
+        queries = x[:, :n_queries]
+        text = x[:, n_queries:]
         if n_queries:
             if self.cross_attn is not None:
                 queries = self.cross_attn(queries, image, image_mask)
@@ -730,7 +731,7 @@ class Vision(nn.Module):
         Scales the connector's last layer so that the embeddings of a seeded image have the RMS of the GPT's
         token embeddings, `rms`. If they are much smaller or larger, training starts badly.
         """
-        blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
         image = Image.fromarray(blots).resize((224, 224))
         emb, valid = self(*collate([preprocess(image, self.config)], self.config))
         scale = rms / emb[valid].square().mean().sqrt()
