@@ -189,7 +189,7 @@ def crop_line(image):
     The baseline is the row below which most ink ends. An image without ink is returned as it is.
     """
     gray = np.asarray(image.convert('L'))                                       # (H, W)
-    background = np.bincount(gray.ravel()).cumsum().searchsorted(gray.size / 2)  # the median
+    background = np.bincount(gray.ravel()).cumsum().searchsorted(gray.size / 2)  # the median, faster
     contrast = np.abs(gray.astype(np.float32) - background)
     ink = contrast > max(16, contrast.max() / 4)
     box = Image.fromarray(ink).getbbox()
@@ -334,7 +334,8 @@ class PretrainedEncoder(Freezable):
     Its features are those of layer vision_layer: -2, the penultimate, is LLaVA's choice, because the last
     layer is specialized in making a single vector; -1 is the last, after the tower's own final norm.
     Parameters without an effect on that layer become buffers: they would never get a gradient, and DDP
-    would wait for it. The config has to be complete (`complete_config`).
+    would wait for it. The config has to be complete (`complete_config`). Raises ValueError if there is no
+    such model or its weights cannot be read.
     """
 
     def __init__(self, config, load=True):
@@ -378,12 +379,12 @@ def forward_features(tower, x, layer, keep_cls):
                                 intermediates_only=True, stop_early=True)
     if hasattr(tower, 'preprocess_cfg'):  # open_clip's
         out = forward(normalize_intermediates=is_last, output_extra_tokens=keep_cls)
-        x, = out['image_intermediates']                                         # (N, C, rows, cols)
-        prefix, = out.get('image_intermediates_prefix', [None])
+        x = out['image_intermediates'][0]                                       # (N, C, rows, cols)
+        prefix = out.get('image_intermediates_prefix', [None])[0]
     elif keep_cls:
-        (x, prefix), = forward(norm=is_last, return_prefix_tokens=True)
+        x, prefix = forward(norm=is_last, return_prefix_tokens=True)[0]
     else:
-        x, = forward(norm=is_last)
+        x = forward(norm=is_last)[0]
     x = x.flatten(2).transpose(1, 2)                                            # (N, rows * cols, C)
     return torch.cat([prefix[:, :1], x], dim=1) if keep_cls else x
 
@@ -415,7 +416,7 @@ def tower_shape(name, layer, keep_cls):
         size = own['input_size'][-1]
     else:
         own = tower.preprocess_cfg
-        size = int(np.max(own['size']))  # of the number, or of the two
+        size = int(np.max(own['size']))  # one number, or height and width
     trunk = getattr(tower, 'trunk', tower)  # open_clip wraps timm's towers
     if keep_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
         raise ValueError(f'{name} has no class token: leave vision_cls out')
