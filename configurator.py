@@ -1,47 +1,47 @@
 """
-Knobs of a script are the plain global variables at its top, and the fields of the config class that it names. A config file
-is Python that sets some of them; --key=value on the command line has the last word:
+Knobs of a script are the plain global variables at its top, and the fields of the config class that it
+names. A config file is Python that sets some of them; --key=value on the command line has the last word:
 
     $ python train.py config/quickstart.py --batch_size=32 --out_dir=out/wide
     $ python train.py --help                    # every knob of the script, with its comment and its value
-    $ python prepare_data.py shapes --help      # the knobs of a command are the keyword arguments of its function
+    $ python prepare_data.py shapes --help      # the knobs of a command: its function's keyword arguments
 
-nanoGPT executes its configurator inside the script. Here it is one call, `config = configure(globals(), GPTConfig)`. A
-misspelled key, in a config file too, is an error and not a new variable, and a value has the type of its knob.
+nanoGPT executes its configurator inside the script. Here it is one call, `configure(globals(), GPTConfig)`.
+A misspelled key is an error, in a config file too, and a value has the type of its knob.
 """
 
 import ast
 import dataclasses
 import difflib
 import inspect
-import os
 import re
+import runpy
 import sys
+from pathlib import Path
 
 
 def configure(knobs, config_class=None, argv=None):
     """
-    Overrides the knobs in a script's globals() by config files and --key=value, in the order in which they come.
+    Overrides the knobs in a script's globals() by config files and --key=value, in their order. Returns
+    {name: value} of all knobs; the script's own are set in its globals as well.
 
-    A knob is a global whose value is a bool, int, float, str or a tuple of str, or a field of the dataclass config_class
-    that the script does not list itself. `--key value` and `--flag` (for True) work too; a tuple takes all values that
-    follow: `--image a.png b.png`. Returns {name: value} of all knobs; the script's own are set in its globals as well.
-    Raises ValueError for an unknown key or a value that is not of the knob's type.
+    A knob is a global whose value is a bool, int, float, str or a tuple of str, or another field of the
+    dataclass config_class. `--key value` and `--flag` (for True) work too; a tuple takes all values that
+    follow: `--image a.png b.png`. Raises ValueError for an unknown key or a value of another type.
     """
     argv = sys.argv[1:] if argv is None else argv
     own = {name: value for name, value in knobs.items() if is_knob(name, value)}
-    values = {**own, **{name: v for name, v in knobs_of(config_class).items() if name not in own}}
+    values = {**knobs_of(config_class), **own}
     if asks_for_help(argv):
-        with open(knobs['__file__'], encoding='utf-8') as f:
-            print_help(knobs['__doc__'], values, f.read(), *sources_of(config_class))
-        sys.exit(0)
+        source = Path(knobs['__file__']).read_text(encoding='utf-8')
+        print_help(knobs['__doc__'], values, source, [config_class])
     override(values, argv)
     knobs.update((name, values[name]) for name in own)
     return values
 
 
 def run_command(commands, argv=None):
-    """Runs `SCRIPT NAME --key=value`: calls the function commands[NAME] with its keyword arguments as knobs."""
+    """Runs `SCRIPT NAME --key=value`: calls commands[NAME]; its keyword arguments are the knobs."""
     argv = sys.argv[1:] if argv is None else argv
     if asks_for_help(argv[:1]):
         for name, function in commands.items():
@@ -56,21 +56,20 @@ def run_command(commands, argv=None):
 
 def call_with_knobs(function, argv, *positional):
     """
-    Calls function(*positional, **knobs); its keyword arguments, overridden by argv, are the knobs. A parameter annotated
-    with a dataclass gives that dataclass's fields as knobs and receives an instance.
+    Calls function(*positional, **knobs); its keyword arguments, overridden by argv, are the knobs. A
+    parameter annotated with a dataclass gives that dataclass's fields as knobs and receives an instance.
     """
-    values, classes = {}, {}
-    parameters = list(inspect.signature(function).parameters.values())
-    for parameter in parameters[len(positional):]:
+    values = {}
+    classes = {}
+    for parameter in list(inspect.signature(function).parameters.values())[len(positional):]:
         if dataclasses.is_dataclass(parameter.annotation):
             classes[parameter.name] = parameter.annotation
             values.update(knobs_of(parameter.annotation))
         else:
             values[parameter.name] = parameter.default
     if asks_for_help(argv):
-        sources = [source for cls in classes.values() for source in sources_of(cls)]
-        print_help(inspect.getdoc(unwrap(function)), values, inspect.getsource(unwrap(function)), *sources)
-        sys.exit(0)
+        written = unwrap(function)
+        print_help(inspect.getdoc(written), values, inspect.getsource(written), classes.values())
     override(values, argv)
     for name, cls in classes.items():
         values[name] = cls(**{field: values.pop(field) for field in knobs_of(cls)})
@@ -89,12 +88,6 @@ def knobs_of(config_class):
     return {f.name: f.default for f in dataclasses.fields(config_class) if not f.metadata.get('derived')}
 
 
-def sources_of(config_class):
-    """The source texts of a dataclass and of those that it extends."""
-    classes = inspect.getmro(config_class)[:-1] if config_class else ()
-    return [inspect.getsource(cls) for cls in classes]
-
-
 def unwrap(function):
     """The function of a functools.partial."""
     return getattr(function, 'func', function)
@@ -110,29 +103,28 @@ def override(values, argv):
             continue
         key, has_value, value = word[2:].partition('=')  # a value may hold further '='
         check_known(key, values, f'--{key}')
-        takes_many = isinstance(values[key], tuple)
+        old = values[key]
+        takes_many = isinstance(old, tuple)
         texts = [value] if has_value else []
         while words and not words[0].startswith('--') and (takes_many or not texts):
             texts.append(words.pop(0))
-        if not texts and isinstance(values[key], bool):
+        if not texts and isinstance(old, bool):
             texts = ['True']
         if not texts:
-            raise ValueError(f'--{key} needs a value: --{key}=VALUE (now {values[key]!r})')
-        values[key] = tuple(texts) if takes_many else convert(key, texts[0], values[key])
+            raise ValueError(f'--{key} needs a value: --{key}=VALUE (now {old!r})')
+        values[key] = tuple(texts) if takes_many else convert(key, texts[0], old)
         print(f'overriding: {key} = {values[key]!r}', file=sys.stderr)
 
 
 def run_config_file(path, values):
-    """Executes a config file, which can read the present values; every name that it sets must be a knob."""
-    if not os.path.isfile(path):
+    """Runs a config file, which can read the present values; every name that it sets must be a knob."""
+    if not Path(path).is_file():
         raise ValueError(f'expected a config file or --key=value, got {path!r}, which is not a file')
     print(f'config file: {path}', file=sys.stderr)
-    scope = dict(values)
-    with open(path, encoding='utf-8') as f:
-        try:
-            exec(compile(f.read(), path, 'exec'), scope)
-        except Exception as error:
-            raise ValueError(f'config file {path} does not run: {type(error).__name__}: {error}') from error
+    try:
+        scope = runpy.run_path(path, init_globals=values)
+    except Exception as error:
+        raise ValueError(f'config file {path} does not run: {type(error).__name__}: {error}') from error
     for key, value in scope.items():
         if key.startswith('_') or isinstance(value, type(sys)):  # __doc__, __builtins__, imported modules
             continue
@@ -149,7 +141,7 @@ def check_known(key, values, where):
 
 
 def convert(key, text, old):
-    """The command line's text as the type of the knob's present value: '1' is a float for a float, 'no=1' a str."""
+    """The command line's text as the type of the knob's present value: '1' is a float for a float."""
     if isinstance(old, str):
         return text
     try:
@@ -176,25 +168,26 @@ def asks_for_help(argv):
     return '--help' in argv or '-h' in argv
 
 
-def print_help(doc, values, *sources):
-    """Every knob as '--name=value  # comment', in the order of the sources and under their headings."""
+def print_help(doc, values, source, classes):
+    """Prints every knob as '--name=value  # comment', in the sources' order, with their headings; exits."""
     print((doc or '').strip() + '\n')
     remaining = dict(values)
-    for source in sources:
-        heading = ''
-        for line in source.split('\n'):
-            code, _, comment = line.partition('  #')
-            name = code.partition('=')[0].partition(':')[0].strip()
-            if '=' in code and name in remaining:
-                knob = f'  --{name}={remaining.pop(name)!r}'.ljust(42)
-                print(heading + knob + (comment and f' # {comment.strip()}'))
-            is_comment = line.strip().startswith('# ') and '---' not in line
-            continued = re.sub('^#  +', ' ' * 43 + '# ', line.strip())  # of the comment above
-            heading = heading + continued + '\n' if is_comment else ''
+    extended = [base for cls in classes if cls for base in inspect.getmro(cls)[:-1]]
+    heading = ''
+    for line in '\n'.join([source, *map(inspect.getsource, extended)]).split('\n'):
+        code, _, comment = line.partition('  #')
+        name = re.split('[:=]', code)[0].strip()
+        if '=' in code and name in remaining:
+            knob = f'  --{name}={remaining.pop(name)!r}'.ljust(42)
+            print(heading + knob + (comment and f' # {comment.strip()}'))
+        is_comment = line.strip().startswith('# ') and '---' not in line
+        continued = re.sub('^#  +', ' ' * 43 + '# ', line.strip())  # of the comment above
+        heading = heading + continued + '\n' if is_comment else ''
+    sys.exit(0)
 
 
 def run(main):
-    """Runs a script's main(). A user's mistake ends in one sentence and status 1; `python -X dev` shows the traceback."""
+    """Runs a script's main(). A user's mistake ends in one sentence; `python -X dev` shows the traceback."""
     try:
         main()
     except (ValueError, OSError) as error:

@@ -43,6 +43,7 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -250,16 +251,19 @@ def preprocess(image, config):
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
     The patches come cell by cell, the k x k of one image token next to each other: pooling is a reshape.
-    Raises ValueError for an image that is too elongated.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
-    pixels = np.asarray(resize(image, config))                                  # (H, W, 3)
-    H, W, _ = pixels.shape
-    rows, cols = math.ceil(H / ph), math.ceil(W / pw)
-    grid = np.stack(np.mgrid[:rows, :cols], axis=-1)                            # (rows, cols, 2)
-    # the last row and column of cells are filled up with the image's own border, whatever its color
-    pixels = np.pad(pixels, ((0, -H % (k * ph)), (0, -W % (k * pw)), (0, 0)), mode='edge')
-    grid = np.pad(grid, ((0, -rows % k), (0, -cols % k), (0, 0)), constant_values=-1)
+    image = resize(image, config)
+    width, height = image.size
+    rows = k * math.ceil(height / (k * ph))  # of patches, in whole cells
+    cols = k * math.ceil(width / (k * pw))
+    pixels = np.array(image.crop((0, 0, cols * pw, rows * ph)))                 # (rows * ph, cols * pw, 3)
+    # what the image does not fill repeats its last row and column, whatever their color
+    pixels[height:] = pixels[height - 1]
+    pixels[:, width:] = pixels[:, width - 1:width]
+    grid = np.stack(np.indices((rows, cols)), axis=-1)                          # (rows, cols, 2)
+    grid[math.ceil(height / ph):] = -1
+    grid[:, math.ceil(width / pw):] = -1
     patches = cut(pixels, k, ph, pw)                                            # (L, ph * pw * 3)
     grid = cut(grid, k, 1, 1)                                                   # (L, 2)
     if is_pretrained(config) and config.vision_cls:  # an entry for the class token, which has no patch
@@ -270,9 +274,9 @@ def preprocess(image, config):
 
 def cut(array, k, height, width):
     """(H, W, C) -> pieces of height x width as rows of (L, height * width * C), cell by cell of k x k."""
-    H, W, C = array.shape
-    array = array.reshape(H // (k * height), k, height, W // (k * width), k, width, C)
-    array = array.transpose(0, 3, 1, 4, 2, 5, 6)                                # (rows, cols, k, k, height, width, C)
+    H, _, C = array.shape
+    array = array.reshape(H // (k * height), k, height, -1, k, width, C)
+    array = array.transpose(0, 3, 1, 4, 2, 5, 6)            # (rows, cols, k, k, height, width, C)
     return torch.from_numpy(array.reshape(-1, height * width * C))
 
 
@@ -291,7 +295,6 @@ def resize_to_square(image, config):
         pad     the whole image in its own aspect, the rest filled with the encoder's mean color (LLaVA-1.5)
         squash  the whole image, distorted to a square: uses every pixel of the square, good for pages
         crop    its center, the shorter side whole: what CLIP was trained on; it cuts off a page's margins
-    Raises ValueError for another image_fit.
     """
     size = config.image_size, config.image_size
     if config.image_fit == 'pad':
@@ -303,8 +306,8 @@ def resize_to_square(image, config):
         image = ImageOps.fit(image, size)
     else:
         raise ValueError(f'image_fit must be pad, squash or crop, got {config.image_fit!r}')
-    side = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14: 378
-    return image.crop((0, 0, side, side))
+    whole = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14
+    return image.crop((0, 0, whole, whole))
 
 
 def scaled_size(width, height, config):
@@ -321,8 +324,8 @@ def scaled_size(width, height, config):
     while math.ceil(width * scale / cell_w) * math.ceil(height * scale / cell_h) > config.max_image_tokens:
         scale *= 0.98
     if scale < wanted and min(width * scale / pw, height * scale / ph) < 1 / 4:
-        raise ValueError(f'an image of {width}x{height} pixels is too elongated for {config.max_image_tokens} '
-                         'tokens: cut it into pieces or raise max_image_tokens')
+        raise ValueError(f'an image of {width}x{height} pixels is too elongated for '
+                         f'{config.max_image_tokens} tokens: cut it into pieces or raise max_image_tokens')
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
@@ -330,9 +333,8 @@ def crop_line(image):
     """
     A line of text in black on white and without its margins, from the top of its letters to a third of
     their height below the baseline: letters of one font size come out in one size, whatever the margins,
-    colors and letters. The background is the median gray. Ink differs from it by more than a quarter of the
-    strongest contrast. The baseline is the row below which most ink ends. An image without ink is returned
-    as it is.
+    colors and letters. Ink differs from the background by more than a quarter of the strongest contrast.
+    The baseline is the row below which most ink ends. An image without ink is returned as it is.
     """
     gray = np.asarray(image.convert('L'))                                       # (H, W)
     background = np.bincount(gray.ravel()).cumsum().searchsorted(gray.size / 2)  # the median, faster
@@ -364,12 +366,11 @@ def collate(images, config):
     Pads the images of a batch, a list of (patches, grid), to the longest. Returns
         patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
-    An empty list becomes one image that is only padding: it adds no token, but the vision parameters stay
-    in the graph. Without them, a batch of text on one rank would leave the other ranks waiting for
-    gradients.
+    An empty list becomes one image that is only padding. It adds no token, but the vision parameters get
+    gradients of 0: without them, a batch of text on one rank would leave the other ranks waiting.
     """
     if not images:
-        patches, grid = preprocess(Image.new('RGB', (config.patch_width, config.patch_height)), config)
+        patches, grid = preprocess(Image.new('RGB', (1, 1)), config)
         images = [(patches, torch.full_like(grid, -1))]
     patches, grids = zip(*images)
     return pad_sequence(patches, batch_first=True), pad_sequence(grids, batch_first=True, padding_value=-1)
@@ -393,10 +394,8 @@ def attend(q, k, v, n_head, mask):
 
 
 def padding_mask(valid):
-    """
-    valid (N, L) -> the attention mask (N, 1, 1, L). An image that is only padding has nothing to attend to,
-    but softmax needs something: its padding.
-    """
+    """valid (N, L) -> the attention mask (N, 1, 1, L)."""
+    # softmax needs something to attend to: in an image that is only padding, the padding
     return (valid | ~valid.any(1, keepdim=True))[:, None, None]
 
 
@@ -446,7 +445,7 @@ class ViT(Freezable):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith('.bias'):
                 nn.init.zeros_(p)
-        # neighboring rows and columns start similar: sines and cosines, trained from there on
+        # neighboring rows and columns start similar: sines and cosines, which are then trained
         for table in (self.row_embed, self.col_embed):
             table.weight.data = sinusoids(max_length, width)
 
@@ -483,19 +482,16 @@ class PretrainedEncoder(Freezable):
     Its features are those of layer vision_layer: -2, the penultimate, is LLaVA's choice, because the last
     layer is specialized in making a single vector; -1 is the last, after the tower's own final norm.
     Parameters without an effect on that layer become buffers: they would never get a gradient, and DDP
-    would wait for it.
-
-    The config has to be complete (`complete_config`). Raises ValueError if there is no such model or its
-    weights cannot be read.
+    would wait for it. The config has to be complete (`complete_config`). Raises ValueError if there is no
+    such model or its weights cannot be read.
     """
 
     def __init__(self, config, load=True):
         super().__init__()
         if config.vision_cls and config.connector == 'pool':
-            raise ValueError('vision_cls does not work with connector pool: a class token is in no cell of patches')
+            raise ValueError('vision_cls does not work with connector pool: a class token is in no cell')
         self.config = config
-        self.n_cls = int(config.vision_cls)
-        self.width, self.side, unused, *_ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
+        self.width, unused, _ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
         self.tower = open_tower(config.vision_encoder, load)
         for name in unused:
             module_name, _, last = name.rpartition('.')
@@ -506,20 +502,19 @@ class PretrainedEncoder(Freezable):
         # where the class token and the patches, row by row, are in the order of `preprocess`, cell by cell
         _, grid = preprocess(Image.new('RGB', (8, 8)), config)                  # (L, 2)
         row, col = grid.unbind(-1)
-        rank = torch.where(row < 0, self.side**2, row * self.side + col)
-        rank[:self.n_cls] = -1
-        order = rank.argsort()[:self.n_cls + self.side**2]
-        self.register_buffer('order', order, persistent=False)
+        order = (row * len(grid) + col).argsort(stable=True)  # padding, which is -1, comes first
+        self.register_buffer('order', order[(row < 0).sum():], persistent=False)
 
     def forward(self, patches, grid):
         """uint8 patches (N, L, D), grid (N, L, 2) -> features (N, L, C)."""
-        config, side, p = self.config, self.side, self.config.patch_width
+        config, p = self.config, self.config.patch_width
+        side = config.image_size // p
         N, L, _ = patches.shape
-        x = patches[:, self.order[self.n_cls:]].view(N, side, side, p, p, 3) / 255
+        x = patches[:, self.order[-side**2:]].view(N, side, side, p, p, 3) / 255  # without the class token's
         x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(N, 3, side * p, side * p)
         margin = config.image_size - side * p  # pixels after the last whole patch, which belong to no patch
-        x = F.pad(x, (0, margin, 0, margin))                                    # (N, 3, image_size, image_size)
+        x = F.pad(x, (0, margin, 0, margin))                                    # (N, 3, size, size)
         out = x.new_zeros(N, L, self.width)
         out[:, self.order] = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
         return out
@@ -527,40 +522,39 @@ class PretrainedEncoder(Freezable):
 
 def forward_features(tower, x, layer, keep_cls):
     """Normalized pixels (N, 3, S, S) -> features of a layer (N, L, C), class token first, then row by row."""
-    options = dict(indices=[layer], output_fmt='NCHW', intermediates_only=True, stop_early=True)
+    is_last = layer == -1
+    forward = functools.partial(tower.forward_intermediates, x, indices=[layer], output_fmt='NCHW',
+                                intermediates_only=True, stop_early=True)
     if hasattr(tower, 'preprocess_cfg'):  # open_clip's
-        out = tower.forward_intermediates(x, normalize_intermediates=layer == -1, output_extra_tokens=keep_cls, **options)
+        out = forward(normalize_intermediates=is_last, output_extra_tokens=keep_cls)
         x = out['image_intermediates'][0]                                       # (N, C, rows, cols)
         prefix = out.get('image_intermediates_prefix', [None])[0]
     elif keep_cls:
-        x, prefix = tower.forward_intermediates(x, norm=layer == -1, return_prefix_tokens=True, **options)[0]
+        x, prefix = forward(norm=is_last, return_prefix_tokens=True)[0]
     else:
-        x = tower.forward_intermediates(x, norm=layer == -1, **options)[0]
+        x = forward(norm=is_last)[0]
     x = x.flatten(2).transpose(1, 2)                                            # (N, rows * cols, C)
     return torch.cat([prefix[:, :1], x], dim=1) if keep_cls else x
 
 
 def complete_config(config):
     """
-    The config with what a pretrained encoder determines: image_size, image_mean, image_std, patch_height,
-    patch_width. Reads no weights. Any other config is returned as it is. Raises ValueError if there is no
-    such encoder, or its name asks for another activation than its weights were trained with: OpenAI's need
-    the names with "quickgelu".
+    The config with what a pretrained encoder determines: the size, mean and std of its images, the size of
+    its patches. Reads no weights. Raises ValueError for a wrong name, also for one with another activation
+    than its weights were trained with: OpenAI's need the names with "quickgelu".
     """
-    if not is_pretrained(config) or config.image_size:  # a checkpoint's config is complete
+    if not is_pretrained(config) or config.image_size:  # it is complete, as a checkpoint's is
         return config
-    _, side, _, size, mean, std = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
-    patch = size // side
-    return replace(config, image_size=size, image_mean=mean, image_std=std, patch_height=patch, patch_width=patch)
+    *_, fields = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
+    return replace(config, **fields)
 
 
 @functools.lru_cache
 def tower_shape(name, layer, keep_cls):
     """
-    What has to be known of a tower before its weights are read: the width of its features, the rows of its
-    grid of patches, the names of the parameters without an effect; size, mean and std of the images that it
-    was trained on. Found by a forward and a backward pass on the meta device, which has shapes and no
-    numbers.
+    What has to be known of a tower before its weights are read: the width of its features, the names of the
+    parameters without an effect, and the fields of the config that it determines. Found by a forward and a
+    backward pass on the meta device, which has shapes and no numbers.
     """
     published = published_preprocessing(name)
     tower = open_tower(name, load=False, device='meta').eval()
@@ -570,7 +564,7 @@ def tower_shape(name, layer, keep_cls):
         size = own['input_size'][-1]
     else:
         own = tower.preprocess_cfg
-        size, *_ = np.atleast_1d(own['size']).tolist()
+        size = int(np.max(own['size']))  # one number, or height and width
     trunk = getattr(tower, 'trunk', tower)  # open_clip wraps timm's towers
     if keep_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
         raise ValueError(f'{name} has no class token: leave vision_cls out')
@@ -580,9 +574,11 @@ def tower_shape(name, layer, keep_cls):
         raise ValueError(f'{name} gives no features at vision_layer {layer}: {error}') from error
     x.sum().backward()
     unused = [name for name, p in tower.named_parameters() if p.grad is None]
-    side = math.isqrt(x.shape[1] - int(keep_cls))
-    normalization = {**own, **published}
-    return x.shape[2], side, unused, size, tuple(normalization['mean']), tuple(normalization['std'])
+    patch = size // math.isqrt(x.shape[1] - keep_cls)
+    mean_std = {**own, **published}
+    fields = dict(image_size=size, image_mean=tuple(mean_std['mean']), image_std=tuple(mean_std['std']),
+                  patch_height=patch, patch_width=patch)
+    return x.shape[2], unused, fields
 
 
 def split_name(name):
@@ -608,8 +604,9 @@ def open_tower(name, load, device='cpu'):
                 model, weights if load else None, load_weights=load, require_pretrained=load,
                 pretrained_text=False, device=device).visual
     except Exception as error:  # open_clip, timm and the hub's client raise many of their own
-        raise ValueError(f'{name} cannot be loaded ({str(error).splitlines()[0]}): connect once to download it, '
-                         'or name a file of its weights, like ViT-L-14-quickgelu/FILE.safetensors') from error
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'{name} cannot be loaded ({reason}): connect once to download it, or name a file '
+                         'of its weights, like ViT-L-14-quickgelu/FILE.safetensors') from error
 
 
 def published_preprocessing(name):
@@ -618,7 +615,7 @@ def published_preprocessing(name):
     if name.startswith('timm/'):
         import timm
         if not timm.is_model(model):
-            raise ValueError(f'{name} is not a model of timm{did_you_mean(model.partition(".")[0], timm.list_models())}')
+            raise ValueError(f'{name} is not a model of timm{did_you_mean(model, timm.list_models())}')
         return {}
     if model == name:  # hf-hub: or local-dir:
         return {}
@@ -642,18 +639,17 @@ def file_preprocessing(model, path):
     import open_clip
     if not path:  # random weights
         return {}
-    config_path = os.path.join(os.path.dirname(check_file(path)), 'open_clip_config.json')
-    if os.path.isfile(config_path):
-        with open(config_path, encoding='utf-8') as f:
-            config = json.load(f)
-        return {**config.get('preprocess_cfg', {}), 'quick_gelu': config['model_cfg'].get('quick_gelu', False)}
-    tags = [open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
-    stats = {(tag['mean'], tag['std']) for tag in tags}
-    if len(stats) == 1:
-        mean, std = stats.pop()
-        return {'mean': mean, 'std': std}
-    print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are assumed: '
-          'put its open_clip_config.json next to it', file=sys.stderr)
+    config_path = Path(check_file(path)).with_name('open_clip_config.json')
+    if config_path.is_file():
+        config = json.loads(config_path.read_text(encoding='utf-8'))
+        quick_gelu = config['model_cfg'].get('quick_gelu', False)
+        return {**config.get('preprocess_cfg', {}), 'quick_gelu': quick_gelu}
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    published = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    if len({(p['mean'], p['std']) for p in published}) == 1:
+        return {'mean': published[0]['mean'], 'std': published[0]['std']}
+    print(f'note: {path} does not say with which mean and std its images were normalized; CLIP\'s are '
+          'assumed: put its open_clip_config.json next to it', file=sys.stderr)
     return {}
 
 
@@ -664,7 +660,7 @@ def did_you_mean(word, words):
 
 def check_file(path):
     """The path, if there is such a file."""
-    if not os.path.isfile(path):
+    if not Path(path).is_file():
         raise ValueError(f'{path!r} is neither a tag of its weights nor a file')
     return path
 
@@ -682,7 +678,7 @@ def fingerprint(tensors):
 # the connector
 
 def pool(x, grid, k):
-    """Features (N, L, C) -> the mean of each cell of k x k patches (N, L / k^2, C), which cells have any (N, L / k^2)."""
+    """Features (N, L, C) -> the mean of each cell of k x k patches (N, L', C), and which have any (N, L')."""
     valid = (grid[..., :1] >= 0).unflatten(1, (-1, k**2))                       # (N, L', k*k, 1)
     # a cell at the border of an image holds fewer patches: its mean is over those
     total = (x.unflatten(1, (-1, k**2)) * valid).sum(2)                         # (N, L', C)
@@ -722,8 +718,7 @@ class FeedForward(nn.Module):
 class QFormerBlock(nn.Module):
     """
     Queries and text share one self-attention, whose mask says which attends to which. Then queries attend
-    to the image, if this layer has cross-attention. Queries and text have feed-forward networks of their
-    own.
+    to the image, if this layer has cross-attention. Queries and text have their own feed-forward networks.
     """
 
     def __init__(self, config, image_width, has_cross_attn, has_text_mlp):
@@ -736,7 +731,8 @@ class QFormerBlock(nn.Module):
 
     def forward(self, x, n_queries, mask, image, image_mask):
         x = self.attn(x, x, mask)                                               # (N, K + T, C)
-        queries, text = x[:, :n_queries], x[:, n_queries:]
+        queries = x[:, :n_queries]
+        text = x[:, n_queries:]
         if n_queries:
             if self.cross_attn is not None:
                 queries = self.cross_attn(queries, image, image_mask)
@@ -773,10 +769,9 @@ def qformer_mask(objective, n_queries, is_token):
 
 class QFormer(Freezable):
     """
-    BLIP-2's Querying Transformer: n_queries trained vectors that attend to an image and carry what they
-    read. A BERT in which the queries attend to the image in every qformer_cross_every-th layer, from the
-    first on. With vocab_size > 0 it reads text too, which the first stage of training needs; as a connector
-    it does not.
+    BLIP-2's Querying Transformer: a BERT in which n_queries trained vectors attend to an image in every
+    qformer_cross_every-th layer, from the first on, and carry what they read. With vocab_size > 0 it reads
+    text too, which the first stage of training needs.
 
     forward(image (N, L, D), valid (N, L), ids (N, T)) -> queries (N, K, C), text (N, T, C). Without an
     image (None) there are no queries, without ids no text. ids are padded with -1; objective as in
@@ -789,14 +784,17 @@ class QFormer(Freezable):
         if width % config.qformer_n_head:
             raise ValueError(f'qformer_n_embd ({width}) must be a multiple of qformer_n_head ({config.qformer_n_head})')
         if min(config.n_queries, config.qformer_n_layer, config.qformer_cross_every) < 1:
-            raise ValueError('a Q-Former needs n_queries, qformer_n_layer and qformer_cross_every of at least 1')
+            raise ValueError('n_queries, qformer_n_layer and qformer_cross_every must be at least 1')
         self.ln_image = nn.LayerNorm(image_width, eps=1e-6)
         self.queries = nn.Parameter(torch.empty(config.n_queries, width))
-        self.wte = nn.Embedding(vocab_size, width) if vocab_size else None
-        self.wpe = nn.Embedding(config.block_size, width) if vocab_size else None
+        if vocab_size:
+            self.wte = nn.Embedding(vocab_size, width)
+            self.wpe = nn.Embedding(config.block_size, width)
         self.ln_embed = nn.LayerNorm(width, eps=1e-12)
-        self.h = nn.ModuleList([QFormerBlock(config, image_width, i % config.qformer_cross_every == 0, vocab_size > 0)
-                                for i in range(config.qformer_n_layer)])
+        self.h = nn.ModuleList()
+        for i in range(config.qformer_n_layer):
+            has_cross_attn = i % config.qformer_cross_every == 0
+            self.h.append(QFormerBlock(config, image_width, has_cross_attn, has_text_mlp=vocab_size > 0))
         for name, p in self.named_parameters():  # as BERT's
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -807,7 +805,7 @@ class QFormer(Freezable):
         N = len(image if ids is None else ids)
         K = 0 if image is None else len(self.queries)
         x = self.queries[:K].expand(N, -1, -1)                                  # (N, K, C)
-        is_token = torch.ones(N, K, dtype=torch.bool, device=x.device)
+        is_token = x.new_ones(N, K, dtype=torch.bool)
         if ids is not None:
             text = self.wte(ids.clamp(min=0)) + self.wpe.weight[:ids.shape[1]]  # (N, T, C)
             x = torch.cat([x, text], dim=1)
@@ -824,9 +822,8 @@ class QFormer(Freezable):
 
 class Connector(Freezable):
     """
-    Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others:
-    Linear, GELU, Linear, LLaVA-1.5's mlp2x_gelu; on all features (mlp), on their means (pool), on the
-    queries of a Q-Former (qformer).
+    Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others are
+    LLaVA-1.5's two layers: on all features (mlp), on their means (pool), on a Q-Former's queries (qformer).
     """
 
     def __init__(self, config, width):
@@ -844,8 +841,8 @@ class Connector(Freezable):
 
 class Vision(nn.Module):
     """
-    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd) and which are valid (N,
-    L'). Cached features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
+    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd), which are valid (N, L').
+    Cached features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
     load=False reads no published weights: those of a checkpoint come next. With pretraining=True, in
     BLIP-2's first stage, there is no GPT to connect to, and the Q-Former reads text itself.
     """
@@ -880,11 +877,10 @@ class Vision(nn.Module):
     @torch.no_grad()
     def match_rms(self, rms):
         """
-        Scales the connector's last layer so that image embeddings enter a trained GPT with the RMS of its
-        token embeddings, `rms`, measured on a seeded image. If image embeddings are much smaller or larger
-        than token embeddings, training starts badly.
+        Scales the connector's last layer so that the embeddings of a seeded image have the RMS of the GPT's
+        token embeddings, `rms`. If they are much smaller or larger, training starts badly.
         """
-        blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
         image = Image.fromarray(blots).resize((224, 224))
         emb, valid = self(*collate([preprocess(image, self.config)], self.config))
         scale = rms / emb[valid].square().mean().sqrt()
@@ -909,28 +905,25 @@ class QFormerPretraining(nn.Module):
     Trains encoder and Q-Former on images and captions by up to three objectives (config.objective), as
     BLIP-2 does; a GPT can then take both over (train.py's vision_from).
 
-        itc  contrast: each image has to find its caption among those of all ranks, and each caption its image, by
-             embeddings (proj_dim). Their similarity is that of the query closest to the caption
-        itm  matching: does this caption belong to this image? Asked of the pair, of the image with a wrong caption and
-             of the caption with a wrong image, both sampled from the micro-batch, the more similar the more
-             often
+        itc  contrast: each image has to find its caption among those of all ranks, and each caption its
+             image, by embeddings (proj_dim). Their similarity is that of the query closest to the caption
+        itm  matching: does this caption belong to this image? Asked of the pair, of the image with a wrong
+             caption and of the caption with a wrong image, both sampled from the micro-batch by similarity
         itg  generation: the caption token by token, from what the queries read
 
     It has the contract of model.py's GPT, and a GPT's batches: the caption is what is in the loss of a row.
-    Two ids of its own, CLS and DEC, are prepended to a caption that is compared, and to one that is
-    generated. Raises ValueError for an unknown objective.
+    Two ids of its own, CLS and DEC, are prepended to captions that are compared, and that are generated.
     """
 
     smoothing = 0.1  # of the labels of ITC and ITG
 
     def __init__(self, config, load=True):
         super().__init__()
-        self.objectives = config.objective.split('+')
-        if self.objectives not in (['itc'], ['itc', 'itm'], ['itc', 'itm', 'itg']):
+        if config.objective not in ('itc', 'itc+itm', 'itc+itm+itg'):
             raise ValueError(f'objective must be lm, itc, itc+itm or itc+itm+itg, got {config.objective!r}')
-        if not config.vision_encoder or config.connector != 'qformer':
-            raise ValueError(f'objective {config.objective} trains encoder and Q-Former: set --connector=qformer '
-                             'and a --vision_encoder')
+        if config.connector != 'qformer':
+            raise ValueError(f'objective {config.objective} trains encoder and Q-Former: set '
+                             '--connector=qformer and a --vision_encoder')
         self.config = config
         width = config.qformer_n_embd
         self.cls = config.vocab_size
@@ -939,9 +932,9 @@ class QFormerPretraining(nn.Module):
         self.image_proj = nn.Linear(width, config.proj_dim)
         self.text_proj = nn.Linear(width, config.proj_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # one over the temperature
-        if 'itm' in self.objectives:
+        if 'itm' in config.objective:
             self.itm_head = nn.Linear(width, 2)
-        if 'itg' in self.objectives:
+        if 'itg' in config.objective:
             self.itg_head = nn.Linear(width, width)  # before the tokens' own embeddings, as BERT's
 
     param_groups = group_parameters  # the part 'gpt' is the heads
@@ -978,77 +971,73 @@ class QFormerPretraining(nn.Module):
         length = (targets >= 0).sum(1)                                          # (B)
         wrong = (n_images != 1) | (length < 2)  # the end token alone is no caption
         if wrong.any():
-            raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, but '
-                             f'an example has {n_images[wrong][0]:g} images and a caption of '
+            raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, '
+                             f'but an example has {n_images[wrong][0]:g} images and a caption of '
                              f'{max(0, length[wrong][0] - 1)} tokens')
         order = torch.argsort(targets < 0, dim=1, stable=True)  # brings the caption to the front
         extra = self.config.block_size - targets.shape[1]  # below 0, F.pad crops
         return F.pad(targets.gather(1, order), (0, extra), value=-1)
 
     def forward(self, batch):
-        """A batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs B}."""
+        """Batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs}."""
         ids = self.captions(batch)                                              # (B, block_size)
         features, valid = self.vision.features(*batch['images'])
         losses = {}
-        losses['itc'], to_text, to_image, same = self.contrast(features, valid, ids)
-        if 'itm' in self.objectives:
-            losses['itm'] = self.match(features, valid, ids, to_text, to_image, same)
-        if 'itg' in self.objectives:
+        losses['itc'], to_text, to_image = self.contrast(features, valid, ids)
+        if 'itm' in self.config.objective:
+            losses['itm'] = self.match(features, valid, ids, to_text, to_image)
+        if 'itg' in self.config.objective:
             losses['itg'] = self.generate(features, valid, ids)
         return {name: loss * len(ids) for name, loss in losses.items()}
 
     def contrast(self, features, valid, ids):
-        """
-        ITC: its loss, and of this rank's own pairs the similarities image to text and text to image, and
-        which captions are the same, (B, B) each.
-        """
+        """ITC: its loss, and this rank's own similarities image to text and text to image, (B, B) each."""
         B = len(ids)
         image = self.project_image(features, valid)                             # (B, K, D)
         text = self.text_embeds(ids)                                            # (B, D)
-        all_embeds = torch.cat([image, text[:, None]], dim=1)                   # (A, K + 1, D)
-        all_ids = ids                                                           # (A, block_size)
-        rank_offset = 0
+        rank = 0
+        of_all_ranks = [image, text, ids]
         if self.training and dist.is_initialized():
-            all_embeds = Gather.apply(all_embeds)
-            all_ids = Gather.apply(ids)
-            rank_offset = dist.get_rank() * B
+            rank = dist.get_rank()
+            of_all_ranks = [Gather.apply(x) for x in of_all_ranks]
+        all_images, all_texts, all_ids = of_all_ranks           # (A, K, D), (A, D), (A, block_size)
         # of two images with the same caption neither is wrong
         same = (ids[:, None] == all_ids).all(-1)                                # (B, A)
         targets = same / same.sum(1, keepdim=True)
-        scale = self.logit_scale.exp().clamp(max=100)
-        to_text = scale * torch.einsum('bkd,ad->bak', image, all_embeds[:, -1]).amax(-1)  # (B, A)
-        to_image = scale * torch.einsum('bd,akd->bak', text, all_embeds[:, :-1]).amax(-1)  # (B, A)
-        loss = sum(F.cross_entropy(s.float(), targets, label_smoothing=self.smoothing) for s in (to_text, to_image)) / 2
-        own = slice(rank_offset, rank_offset + B)
-        return loss, to_text[:, own], to_image[:, own], same[:, own]
+        to_text = torch.einsum('bkd,ad->bak', image, all_texts).amax(-1)        # (B, A)
+        to_image = torch.einsum('bd,akd->bak', text, all_images).amax(-1)       # (B, A)
+        logits = self.logit_scale.exp().clamp(max=100) * torch.cat([to_text, to_image])  # (2 B, A)
+        loss = F.cross_entropy(logits.float(), targets.repeat(2, 1), label_smoothing=self.smoothing)
+        to_text, to_image = logits[:, rank * B:(rank + 1) * B].chunk(2)         # (B, B) each
+        return loss, to_text, to_image
 
-    def match(self, features, valid, ids, to_text, to_image, same):
-        """ITM: matching pairs and hard negatives, 1 to 2. Rows that all have one caption have no negatives."""
-        has_negative = (~same).any(1)
-        if self.training and not has_negative.any():
-            raise ValueError('all captions of a micro-batch are the same: itm needs a wrong one; raise batch_size')
+    def match(self, features, valid, ids, to_text, to_image):
+        """ITM: matching pairs and hard negatives, 1 to 2. If all captions are the same there are none."""
+        same = (ids[:, None] == ids).all(-1)                                    # (B, B)
         own = torch.arange(len(ids), device=ids.device)
-        others = own[has_negative]                                              # (M)
+        others = own[(~same).any(1)]                                            # (M), those with a negative
+        if self.training and not len(others):
+            raise ValueError('all captions of a micro-batch are the same: itm needs another; raise batch_size')
         wrong_text = sample_hard_negatives(to_text[others], same[others])       # (M)
         wrong_image = sample_hard_negatives(to_image[others], same[others])     # (M)
         images = torch.cat([own, others, wrong_image])                          # (B + 2 M)
         texts = torch.cat([own, wrong_text, others])                            # (B + 2 M)
         opened = self.prepend_token(ids[texts], self.cls)
         queries, _ = self.vision.qformer(features[images], valid[images], opened, 'itm')
-        matches = torch.arange(len(images), device=ids.device) < len(own)
-        return F.cross_entropy(self.itm_head(queries).mean(1).float(), matches.long())
+        return F.cross_entropy(self.itm_head(queries).mean(1).float(), (images == texts).long())
 
     def generate(self, features, valid, ids):
         """ITG: each token of the caption from the image and the tokens before it."""
         opened = self.prepend_token(ids, self.dec)
         _, x = self.vision.qformer(features, valid, opened, 'itg')
-        logits = F.linear(F.gelu(self.itg_head(x[:, :-1])), self.vision.qformer.wte.weight)  # (B, T, vocab_size + 2)
+        x = F.gelu(self.itg_head(x[:, :-1]))                                    # (B, T, C)
+        logits = F.linear(x, self.vision.qformer.wte.weight)                    # (B, T, vocab_size + 2)
         return F.cross_entropy(logits.float().flatten(0, 1), opened[:, 1:].flatten(), ignore_index=-1,
                                label_smoothing=self.smoothing)
 
 
 class Gather(torch.autograd.Function):
-    """x of all ranks, concatenated. The gradients that all ranks have for this rank's x come back to it, summed."""
+    """x of all ranks, concatenated. The gradients that the ranks have for this rank's x come back, summed."""
 
     @staticmethod
     def forward(ctx, x):
