@@ -24,14 +24,14 @@ import re
 import shutil
 import sys
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from PIL import Image
-from rapidfuzz.distance import LCSseq, Levenshtein
+from rapidfuzz.distance import Levenshtein
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -84,8 +84,12 @@ def best_dtype(device_type):
 
 
 def log(text):
-    """Prints to stderr; stdout is for answers."""
-    print(text, file=sys.stderr)
+    """Prints to stderr, from the first process only; stdout is for answers."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(text, file=sys.stderr)
+
+
+log_once = lru_cache(log)  # a text that was printed before is skipped
 
 
 def to_device(batch, where):
@@ -147,82 +151,27 @@ def score(predictions, references):
 
 
 def score_captions(predictions, examples):
-    """BLEU-4, ROUGE-L and CIDEr-D of examples with "references", as pycocoevalcap computes them."""
-    words = [caption_words(p) for p in predictions]
-    references = [[caption_words(r) for r in e['references']] for e in examples]
-    metrics = {'bleu4': bleu, 'rouge_l': rouge_l, 'cider_d': cider_d}
-    return {name: metric(words, references) for name, metric in metrics.items()}
+    """BLEU-4, ROUGE-L and CIDEr-D of examples with "references"; {} if pycocoevalcap, an extra, is not installed."""
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError:
+        log_once("no BLEU-4, ROUGE-L and CIDEr-D of captions: pip install 'glimpse[captions]' adds them")
+        return {}
+    words = lambda text: ' '.join(caption_words(text))
+    predictions = {i: [words(p)] for i, p in enumerate(predictions)}
+    # a reference without words, such as an emoji, stays as it is: CIDEr-D fails if all of them are empty
+    references = {i: [words(r) or r for r in e['references']] for i, e in enumerate(examples)}
+    bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)  # BLEU-1 to BLEU-4
+    rouge_l, _ = Rouge().compute_score(references, predictions)
+    cider_d, _ = Cider().compute_score(references, predictions)  # 0 for a single image: all its words are common
+    return {'bleu4': bleu[3], 'rouge_l': float(rouge_l), 'cider_d': float(cider_d)}
 
 
 def caption_words(text):
     """Lower case, without punctuation. The usual tokenizer, the Penn Treebank's, is in Java."""
     return re.findall(r"\w+(?:['’]\w+)?", text.lower())
-
-
-def ngrams(words, n):
-    """{n consecutive words: how often they occur}"""
-    return Counter(zip(*(words[i:] for i in range(n))))
-
-
-def bleu(predictions, references):
-    """
-    BLEU-4 of all predictions, lists of words, with several references each: the geometric mean of four precisions, and
-    a penalty if the predictions are shorter than the references closest in length, https://aclanthology.org/P02-1040.
-    """
-    matched, total = Counter(), Counter()
-    length = closest_length = 0
-    for words, refs in zip(predictions, references):
-        length += len(words)
-        closest_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
-        for n in range(1, 5):
-            allowed = Counter()
-            for ref in refs:
-                allowed |= ngrams(ref, n)  # the larger of two counts
-            counts = ngrams(words, n)
-            matched[n] += (counts & allowed).total()
-            total[n] += counts.total()
-    # with pycocoevalcap's small numbers
-    precision = math.prod((matched[n] + 1e-15) / (total[n] + 1e-9) for n in range(1, 5))
-    return precision ** 0.25 * min(1.0, math.exp(1 - (closest_length + 1e-9) / (length + 1e-15)))
-
-
-def rouge_l(predictions, references):
-    """
-    Mean ROUGE-L: the F-score (beta 1.2) of the longest common subsequence of words, from the best precision and the
-    best recall of several references, https://aclanthology.org/W04-1013.
-    """
-    scores = []
-    for words, refs in zip(predictions, references):
-        common = [LCSseq.similarity(words, ref) for ref in refs]
-        p = max(common) / max(1, len(words))
-        r = max(c / max(1, len(ref)) for c, ref in zip(common, refs))
-        scores.append((1 + 1.2**2) * p * r / (r + 1.2**2 * p) if p else 0.0)
-    return fmean(scores)
-
-
-def cider_d(predictions, references):
-    """
-    Mean CIDEr-D: 10 times the cosine of n-gram counts (n = 1 to 4), weighted by their rarity over all images, with
-    clipped counts and a penalty for another length, https://arxiv.org/abs/1411.5726. Meaningless on few images.
-    """
-    n_images = Counter()  # in the references of how many images an n-gram occurs
-    for refs in references:
-        n_images.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
-    rarity = lambda gram: math.log(len(references) / max(1, n_images[gram]))
-    tfidf = lambda words, n: {gram: count * rarity(gram) for gram, count in ngrams(words, n).items()}
-
-    scores = []
-    for words, refs in zip(predictions, references):
-        cosines = []
-        for ref, n in itertools.product(refs, range(1, 5)):
-            a, b = tfidf(words, n), tfidf(ref, n)
-            dot = sum(min(x, b[gram]) * b[gram] for gram, x in a.items() if gram in b)
-            norms = math.hypot(*a.values()) * math.hypot(*b.values())
-            # the lengths are counted in pairs of words, as in the authors' code
-            gap = ngrams(words, 2).total() - ngrams(ref, 2).total()
-            cosines.append(math.exp(-gap**2 / (2 * 6.0**2)) * dot / (norms or 1))
-        scores.append(10 * fmean(cosines))
-    return fmean(scores)
 
 
 # -----------------------------------------------------------------------------
