@@ -23,8 +23,8 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
-from functools import lru_cache
+from collections import ChainMap, Counter
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,20 +99,20 @@ def to_device(batch, where):
     return {'images': images, **{name: move(batch[name]) for name in ('idx', 'targets', 'lengths')}}
 
 
-def answer(model, enc, examples, cache=None, return_logprobs=False, **generation):
+def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=0.0, **generation):
     """
     Answers, a list of str, to a batch of conversations, without their last answer, or texts to continue. `generation`
-    goes to model.generate; greedy by default. An answer does not depend on the rest of the batch. With
-    return_logprobs each is (answer, mean log-probability per token in nats, marked answer).
+    goes to model.generate. An answer does not depend on the rest of the batch. With return_logprobs each is
+    (answer, mean log-probability per token in nats, marked answer).
     """
     config = model.config
+    where = model.lm_head.weight.device
     prompts = [tokenize(e, enc, config, prompt_only=True, cache=cache) for e in examples]
-    batch = to_device(collate(prompts, config), model.lm_head.weight.device)
-    has_images = any(p['images'] for p in prompts)
-    generation = {'temperature': 0.0, 'images': batch['images'] if has_images else None, **generation}
-    out, logprobs_of = model.generate(
-        batch['idx'], lengths=batch['lengths'], stop_ids=enc.end_ids, return_logprobs=True,
-        allowed=enc.allowed_ids(config.vocab_size).to(batch['idx'].device), **generation)
+    batch = to_device(collate(prompts, config), where)
+    images = batch['images'] if any(p['images'] for p in prompts) else None
+    allowed = enc.allowed_ids(config.vocab_size).to(where)
+    out, logprobs_of = model.generate(batch['idx'], temperature=temperature, images=images, lengths=batch['lengths'],
+                                      stop_ids=enc.end_ids, allowed=allowed, return_logprobs=True, **generation)
     answers = []
     for row, p, prompt_ids in zip(out.tolist(), logprobs_of.tolist(), prompts):
         start = len(prompt_ids['idx'])
@@ -145,7 +145,7 @@ def score(predictions, references):
     {'cer': edits per character of all references together, 'exact': share of predictions without any edit}. Unlike
     a precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
-    edits = [Levenshtein.distance(p, r) for p, r in zip(predictions, references)]
+    edits = list(map(Levenshtein.distance, predictions, references))
     n_chars = sum(map(len, references))
     return {'cer': sum(edits) / max(1, n_chars), 'exact': edits.count(0) / max(1, len(edits))}
 
@@ -185,9 +185,8 @@ def image_caption_pairs(examples, limit):
     kept, captions, image_index, used = [], [], [], set()
     for example in examples:
         own = list(dict.fromkeys(example.get('references') or [reference(example).strip()]))
-        images = example.get('images') or []
-        names = {*own, *map(str, images)}
-        if len(images) == 1 and all(own) and not names & used:
+        names = {*own, *map(str, example['images'])}
+        if len(example['images']) == 1 and all(own) and not names & used:
             used |= names
             captions += own
             image_index += [len(kept)] * len(own)
@@ -205,8 +204,7 @@ def similarity(image_embeds, text_embeds, chunk=16):
     chunks of images, because N x K x M would be 16 GB for COCO.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
-        parts = image_embeds.split(chunk)
-        return torch.cat([torch.einsum('nkd,md->nkm', part, text_embeds).amax(1) for part in parts])
+        return torch.cat([(part @ text_embeds.T).amax(1) for part in image_embeds.split(chunk)])
 
 
 def recall(scores, image_index):
@@ -258,10 +256,11 @@ class Evaluation:
     def __init__(self, config, enc, model, dist_env, cache=None, held_out=None):
         self.config = config
         self.enc = enc
-        self.dist_env = dist_env
+        self.map = partial(map_across_ranks, size=config.batch_size, dist_env=dist_env)
+        self.device = next(model.parameters()).device
         self.cache = cache
+        has_vision = model.config.vision_encoder
         image_tasks = ' '.join(task for task in config.tasks.split() if not task.startswith('text'))
-        has_vision = bool(model.config.vision_encoder)
         used_tasks = image_tasks if image_tasks and has_vision else 'text'
         held_out = held_out or held_out_examples(config.dataset, config, used_tasks)
         is_plain = held_out.is_plain_text
@@ -270,7 +269,8 @@ class Evaluation:
                              '--vision_encoder=vit, or --tasks=text')
         n_loss = config.eval_iters * config.batch_size
         limit = max(n_loss, config.eval_samples)
-        examples = (held_out[i] for i in range(4 * limit if is_plain else len(held_out.rows)))
+        indices = range(4 * limit if is_plain else len(held_out.rows))
+        examples = ({'images': [], **held_out[i]} for i in indices)
         self.pairs = None
         if isinstance(model, QFormerPretraining):
             self.pairs = image_caption_pairs(examples, config.eval_samples)
@@ -278,45 +278,43 @@ class Evaluation:
             return
         examples = list(itertools.islice(examples, limit))
         self.loss_examples = examples[:n_loss]
-        self.questions = [e for e in examples if is_question(e)][:config.eval_samples]
+        # conversations, and images with a caption after the last one
+        is_question = lambda e: 'messages' in e or e['images'] and 'infix' not in e and reference(e).strip()
+        self.questions = list(filter(is_question, examples))[:config.eval_samples]
         self.continuations = [e for e in examples if 'infix' in e][:min(8, config.eval_samples)]
         self.texts = []
         encodes_all = is_plain or not enc.name.endswith('.pkl')  # nanoGPT's character tokenizers do not
         if config.text_dataset or used_tasks != 'text' and encodes_all:
             text_dataset = config.text_dataset or ('' if is_plain else 'pydoc')
             text_rows = open_rows(text_dataset, 'val') if text_dataset else held_out.rows
-            texts = Examples(text_rows, config, 0, 'text', shuffle=False)
+            texts = Examples(text_rows, config, seed=0, tasks='text', shuffle=False)
             self.texts = [texts[i] for i in range(n_loss)]
 
     @torch.no_grad()
     def run(self, model, autocast):
-        """({name: figure}, a contact sheet or None, a table [{column: value}]); the sheet on rank 0 only."""
-        model.eval()
+        """({name: figure}, a contact sheet or None, a table [{column: value}]), the same on every rank."""
+        self.model = model.eval()
         with autocast:
-            measured = self.measure_retrieval(model) if self.pairs else self.measure_answers(model)
+            measured = self.measure_retrieval() if self.pairs else self.measure_answers()
         model.train()
         return measured
 
-    def batch(self, model, examples):
+    def batch(self, examples):
         """The examples as a collated batch on the device."""
-        loss_on = self.config.loss_on
-        tokenized = [tokenize(e, self.enc, model.config, loss_on, cache=self.cache) for e in examples]
-        return to_device(collate(tokenized, model.config), self.dist_env.device)
+        config = self.model.config
+        tokenized = [tokenize(e, self.enc, config, self.config.loss_on, cache=self.cache) for e in examples]
+        return to_device(collate(tokenized, config), self.device)
 
-    def map(self, work, items):
-        """Concatenates the lists that work(items) gives of each batch of the items, on every rank."""
-        return map_across_ranks(work, items, self.config.batch_size, self.dist_env)
-
-    def losses(self, model, examples, change=list):
+    def losses(self, examples, change=list):
         """
         {name: mean loss in nats, 'weight': the number of targets or rows}. `change` maps the examples of one batch at
         a time to others, so that few changed images are in memory.
         """
         def measure(rows):
-            batch = self.batch(model, change(rows))
+            batch = self.batch(change(rows))
             torch.manual_seed(self.config.seed)  # ITM's hard negatives are the same every time
-            sums = {name: loss.item() for name, loss in model(batch).items()}
-            return [{**sums, 'weight': model.loss_weight(batch)}]
+            sums = {name: loss.item() for name, loss in self.model(batch).items()}
+            return [{**sums, 'weight': self.model.loss_weight(batch)}]
 
         total = Counter()
         for sums in self.map(measure, examples):
@@ -324,30 +322,30 @@ class Evaluation:
         weight = total.pop('weight', 0)
         return Counter({name: value / max(1, weight) for name, value in total.items()}, weight=weight)
 
-    def generate(self, model, examples):
+    def generate(self, examples):
         """Greedy answers to the examples, on every rank."""
         def work(rows):
             # as long as the longest reference and a little more: an answer that goes on is wrong anyway
             length = lambda e: len(reference(e) if e.get('char_level') else self.enc.encode(reference(e)))
             longest = max(map(length, rows)) + 8
-            return answer(model, self.enc, list(map(question, rows)), self.cache, max_new_tokens=longest)
+            return answer(self.model, self.enc, list(map(question, rows)), self.cache, max_new_tokens=longest)
 
         return self.map(work, examples)
 
-    def measure_answers(self, model):
+    def measure_answers(self):
         """`run` for a GPT."""
         examples = self.loss_examples
-        result = {'val_loss': self.losses(model, examples)['lm']}
-        if any(e.get('images') for e in examples):
-            result['blank_loss'] = self.losses(model, examples, blank)['lm']
-            result['shuffled_loss'] = self.losses(model, shuffled(examples))['lm']
+        result = {'val_loss': self.losses(examples)['lm']}
+        if any(e['images'] for e in examples):
+            result['blank_loss'] = self.losses(examples, blank)['lm']
+            result['shuffled_loss'] = self.losses(shuffled(examples))['lm']
         if self.texts:
-            result['text_loss'] = self.losses(model, self.texts)['lm']
+            result['text_loss'] = self.losses(self.texts)['lm']
         hidden = [e for e in examples if 'infix' in e]
         if hidden:
-            result |= self.pixel_recovery(model, hidden)
-        cells = self.continuation_cells(model)
-        predictions = self.generate(model, self.questions)
+            result |= self.pixel_recovery(hidden)
+        cells = self.continuation_cells()
+        predictions = self.generate(self.questions)
         references = list(map(reference, self.questions))
         if predictions:
             result |= {**score(predictions, references), 'n': len(predictions)}
@@ -358,35 +356,33 @@ class Evaluation:
             edits = Levenshtein.distance(prediction, truth)
             table.append({'index': len(table), 'image': image_names(example), 'reference': truth,
                           'prediction': prediction, 'edits': edits, 'exact': int(edits == 0)})
-            if len(table) <= 32 and example.get('images'):
+            if len(table) <= 32 and example['images']:
                 cells.append((example['images'][0], answer_caption(example, prediction), edits == 0))
         sheet = None
-        if cells and self.dist_env.rank == 0:
+        if cells:
             sources, captions, correct = zip(*cells)
             cell = 800 if self.continuations else 400  # a caption is cut after six lines
             sheet = render.contact_sheet(list(map(load_image, sources)), captions, correct, cell)
         return result, sheet, table
 
-    def pixel_recovery(self, model, examples):
+    def pixel_recovery(self, examples):
         """R, its controls and the losses that they are made of, all on the same postfix tokens."""
-        as_text = [{**e, 'filling': e['infix']} for e in without_image(examples)]
-        pixels = self.losses(model, examples)
-        blanked = self.losses(model, examples, blank)
-        mismatched = self.losses(model, shuffled(examples))
-        none = self.losses(model, examples, without_image)
-        infix = self.losses(model, as_text)
+        pixels = self.losses(examples)
+        none = self.losses(without_image(examples))
+        infix = self.losses([{**e, 'images': [], 'filling': e['infix']} for e in examples])
         if not pixels['weight'] == none['weight'] == infix['weight']:
-            raise ValueError(f'block_size ({model.config.block_size}) is too small to measure R: with its '
+            raise ValueError(f'block_size ({self.model.config.block_size}) is too small to measure R: with its '
                              'infix as text a sequence is cut off; lower max_span or raise block_size')
         recovery = lambda losses: (none['lm'] - losses['lm']) / (none['lm'] - infix['lm'])
         return {'pixels_loss': pixels['lm'], 'none_loss': none['lm'], 'infix_loss': infix['lm'],
-                'R': recovery(pixels), 'R_blank': recovery(blanked), 'R_shuffled': recovery(mismatched)}
+                'R': recovery(pixels), 'R_blank': recovery(self.losses(examples, blank)),
+                'R_shuffled': recovery(self.losses(shuffled(examples)))}
 
-    def continuation_cells(self, model):
+    def continuation_cells(self):
         """What the model generates with the image and with nothing in its place, and the true postfix."""
         examples = [{**e, 'text': question(e)['text'] + reference(e)[:150]} for e in self.continuations]
-        with_image = self.generate(model, examples)
-        without = self.generate(model, without_image(examples))
+        with_image = self.generate(examples)
+        without = self.generate(without_image(examples))
         cells = []
         for example, *texts in zip(examples, with_image, without, map(reference, examples)):
             texts = [' '.join(text.split())[:150] for text in texts]
@@ -394,20 +390,20 @@ class Evaluation:
             cells.append((example['images'][0], caption, None))
         return cells
 
-    def measure_retrieval(self, model):
+    def measure_retrieval(self):
         """`run` for a QFormerPretraining."""
         examples, captions, image_index = self.pairs
-        losses = self.losses(model, self.loss_examples)
+        losses = self.losses(self.loss_examples)
         del losses['weight']
 
         def embed_images(rows):
-            return list(model.image_embeds(self.batch(model, rows)['images']).float().cpu())
+            return list(self.model.image_embeds(self.batch(rows)['images']).float().cpu())
 
         def embed_captions(texts):
-            longest = model.config.block_size - 2  # an end token, and the one that the model prepends
+            longest = self.model.config.block_size - 2  # an end token, and the one that the model prepends
             ids = [torch.tensor(self.enc.encode(text)[:longest] + [self.enc.end_ids[0]]) for text in texts]
             ids = pad_sequence(ids, batch_first=True, padding_value=-1)
-            return list(model.text_embeds(ids.to(self.dist_env.device)).float().cpu())
+            return list(self.model.text_embeds(ids.to(self.device)).float().cpu())
 
         image_embeds = torch.stack(self.map(embed_images, examples))                     # (N, K, D)
         text_embeds = torch.stack(self.map(embed_captions, captions))                    # (M, D)
@@ -420,11 +416,9 @@ class Evaluation:
             table.append({'image': image_names(examples[i]), 'caption': caption, 'cosine': f'{column[i]:.4f}',
                           'rank': 1 + int((scores[i] > column[i]).sum()),
                           'nearest': captions[scores[i].argmax()]})
-        sheet = None
-        if self.dist_env.rank == 0:
-            images = [load_image(e['images'][0]) for e in examples[:8]]
-            shown = [own_image.index(i) for i in range(len(images))]  # a caption of each
-            sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
+        images = [load_image(e['images'][0]) for e in examples[:8]]
+        shown = [own_image.index(i) for i in range(len(images))]  # a caption of each
+        sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
         return result, sheet, table
 
 
@@ -436,32 +430,27 @@ def map_across_ranks(work, items, size, dist_env):
     if dist_env.ddp:
         shares = [None] * dist_env.world_size
         dist.all_gather_object(shares, results)
-        results = {i: share[i] for share in shares for i in share}
+        results = ChainMap(*shares)
     return [result for i in sorted(results) for result in results[i]]
 
 
 def blank(examples):
     """The examples with white images of the same sizes."""
     whiten = lambda source: Image.new('RGB', load_image(source).size, 'white')
-    return [{**e, 'images': list(map(whiten, e.get('images') or []))} for e in examples]
+    return [{**e, 'images': list(map(whiten, e['images']))} for e in examples]
 
 
 def shuffled(examples):
     """The examples with the images of others: image j becomes image j + M/2 of all M."""
-    images = [source for e in examples for source in e.get('images') or []]
-    images = iter(images[len(images) // 2:] + images[:len(images) // 2])
-    return [{**e, 'images': [next(images) for _ in e.get('images') or []]} for e in examples]
+    images = [source for e in examples for source in e['images']]
+    half = len(images) // 2
+    others = iter(images[half:] + images[:half])
+    return [{**e, 'images': [next(others) for _ in e['images']]} for e in examples]
 
 
 def without_image(examples):
     """The examples with nothing in place of the images."""
     return [{**e, 'images': [], 'filling': ''} for e in examples]
-
-
-def is_question(example):
-    """Whether it has an answer to be scored: a conversation, or images with a caption after the last one."""
-    has_caption = example.get('images') and 'infix' not in example and reference(example).strip()
-    return 'messages' in example or bool(has_caption)
 
 
 def question(example):
@@ -472,7 +461,7 @@ def question(example):
 
 
 def image_names(example):
-    return ' '.join(source if isinstance(source, str) else 'drawn' for source in example.get('images') or [])
+    return ' '.join(source if isinstance(source, str) else 'drawn' for source in example['images'])
 
 
 def answer_caption(example, prediction):
@@ -489,16 +478,16 @@ def answer_caption(example, prediction):
 # what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
 DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12, seed=1337,
                 augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto')
-ONE_PROCESS = dict(rank=0, world_size=1, ddp=False)
+ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
 
 
 def newest_run():
     """The folder under out/ with the newest checkpoint. Raises ValueError if there is none."""
-    paths = glob.glob(f'out/**/{checkpoint}', recursive=True)
-    if not paths:
+    newest = max(glob.glob(f'out/**/{checkpoint}', recursive=True), key=os.path.getmtime, default='')
+    if not newest:
         raise ValueError('no checkpoint under out/: train one first (torchrun train.py '
                          'config/quickstart.py), or name one with --out_dir or --init_from')
-    folder = os.path.dirname(max(paths, key=os.path.getmtime))
+    folder = os.path.dirname(newest)
     log(f'{folder}: newest run')
     return folder
 
@@ -507,13 +496,13 @@ def load():
     """The model in eval mode on the device, its tokenizer, the knobs that it was trained with, autocast."""
     source = os.path.join(out_dir, checkpoint) if init_from == 'resume' else init_from
     state = read_weights(source)
-    overrides = {'dropout': 0.0}
+    overrides = {}
     if vision_encoder:
         overrides['vision_encoder'] = vision_encoder
     if state['model_args'].get('lora_scope') != 'image':
         overrides['lora_rank'] = 0  # merges the updates: the same answers, faster
     model = build_model(state, source, **overrides)
-    config = SimpleNamespace(**{**DEFAULTS, **state['config']})
+    config = SimpleNamespace(**DEFAULTS | state['config'])
     enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt)
     config.chat = state.get('chat', enc.has_chat_template)
     n_ids = max(enc.n_text, 1 + max(enc.end_ids))
@@ -532,41 +521,37 @@ def load():
     return model, enc, config, torch.autocast(device_type, precision, enabled=precision != torch.float32)
 
 
-def generation_knobs():
-    """The keyword arguments of model.generate."""
-    return dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-
-
 def prompt_example(text, images, as_chat):
     """The prompt as an example. Without <image> in it, images come first in a turn, and last in a text."""
-    if images and IMAGE not in text:
-        text = (IMAGE + '\n') * len(images) + text if as_chat else text + IMAGE * len(images)
-    if as_chat:
-        return {'messages': [{'role': 'user', 'content': text.strip()}], 'images': images}
-    return {'text': text, 'images': images}
+    n_marks = 0 if IMAGE in text else len(images)
+    if not as_chat:
+        return {'text': text + n_marks * IMAGE, 'images': images}
+    content = n_marks * (IMAGE + '\n') + text
+    return {'messages': [{'role': 'user', 'content': content.strip()}], 'images': images}
 
 
-def print_answer(model, enc, example, prefix=''):
+def print_answer(respond, example, prefix=''):
     """Prints the answer to the example and returns it; with --logprobs marked, and the mean to stderr."""
-    (text, mean, marked), = answer(model, enc, [example], return_logprobs=True, **generation_knobs())
+    (text, mean, marked), = respond([example])
     print(prefix + (marked if logprobs else text), flush=True)
     if logprobs:
         log(f'mean log-probability of a token: {mean:.3f} nats')
     return text
 
 
-def ask(model, enc, as_chat):
+def ask(respond, as_chat):
     """Prints num_samples answers to the prompt."""
     example = prompt_example(prompt, image, as_chat)
     for i in range(num_samples):
         if i:
             print('---------------')
-        print_answer(model, enc, example, '' if as_chat else prompt)
+        print_answer(respond, example, '' if as_chat else prompt)
 
 
-def chat_loop(model, enc):
+def chat_loop(respond):
     """Reads turns from stdin and answers each, given all turns before it."""
-    images, messages = list(map(load_image, image)), []
+    images = list(map(load_image, image))
+    messages = []
     log(f'{len(images)} image(s); an empty line or Ctrl-D ends the conversation')
     while True:
         print('> ', end='', file=sys.stderr, flush=True)
@@ -574,32 +559,29 @@ def chat_loop(model, enc):
         if not line:
             return
         messages += prompt_example(line, [] if messages else images, True)['messages']
-        text = print_answer(model, enc, {'messages': messages, 'images': images})
+        text = print_answer(respond, {'messages': messages, 'images': images})
         messages.append({'role': 'assistant', 'content': text})
 
 
-def caption_folder(model, enc, config, as_chat):
-    """Asks the prompt about every image of a folder: captions.csv and captions.png in out_dir."""
+def caption_folder(respond, size, as_chat):
+    """Asks the prompt about every image of a folder, `size` at a time: captions.csv and captions.png in out_dir."""
     folder, = image
-    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name[0] != '.']
-    examples = []
-    for path in sorted(paths):
+    paths = []
+    for path in sorted(str(path) for path in Path(folder).rglob('[!.]*') if not path.is_dir()):
         problem = image_error(path)
         if problem:
             log(f'skipped {path}: {problem}')
         else:
-            examples.append(prompt_example(prompt, [path], as_chat))
-    if not examples:
+            paths.append(path)
+    if not paths:
         raise ValueError(f'no image in {folder}')
-    work = lambda rows: answer(model, enc, rows, return_logprobs=True, **generation_knobs())
-    answers = map_across_ranks(work, examples, config.batch_size, SimpleNamespace(**ONE_PROCESS))
+    work = lambda batch: respond([prompt_example(prompt, [path], as_chat) for path in batch])
     table = []
-    for example, (text, mean, marked) in zip(examples, answers):
-        name = os.path.relpath(example['images'][0], folder)
+    for path, (text, mean, marked) in zip(paths, map_across_ranks(work, paths, size, ONE_PROCESS)):
+        name = os.path.relpath(path, folder)
         table.append({'image': name, 'caption': text, 'logprob': f'{mean:.4f}', 'marked': marked})
-    images = [load_image(e['images'][0]) for e in examples[:64]]
     captions = [row['marked' if logprobs else 'caption'] for row in table[:64]]
-    write_results('captions', table, render.contact_sheet(images, captions))
+    write_results('captions', table, render.contact_sheet(list(map(load_image, paths[:64])), captions))
 
 
 def evaluate(model, enc, config, autocast):
@@ -610,11 +592,10 @@ def evaluate(model, enc, config, autocast):
         config.tasks = 'text'
     config.dataset = eval
     config.eval_samples = eval_samples
-    dist_env = SimpleNamespace(**ONE_PROCESS, device=next(model.parameters()).device)
     held_out = None
     if eval.endswith('.jsonl') and os.path.isfile(eval):
         held_out = Examples(FileRows(eval), config, seed=0, shuffle=False)
-    evaluation = Evaluation(config, enc, model, dist_env, held_out=held_out)
+    evaluation = Evaluation(config, enc, model, ONE_PROCESS, held_out=held_out)
     result, sheet, table = evaluation.run(model, autocast)
     write_results('eval', table, sheet)
     print(json.dumps(result))
@@ -639,20 +620,20 @@ def export_model(model, enc, config):
     Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the
     files of its tokenizer; glimpse.safetensors, the whole model, which --checkpoint and --init_from read.
     """
-    folder = Path(export)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f'--export={export} is not empty: name a new folder')
     settings, text_weights = to_hugging_face(model)
     settings['eos_token_id'] = enc.end_ids
+    folder = Path(export)
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f'--export={export} is not empty: name a new folder')
     (folder / 'config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
     save_file(text_weights, folder / 'model.safetensors', metadata={'format': 'pt'})
     # a frozen encoder is written too, so that no other file is needed; tied weights are written once
     weights = {name: p.contiguous() for name, p in model.state_dict().items()}
     if model.config.tie_weights:
         del weights['lm_head.weight']
-    knobs = {**vars(config), 'tokenizer': enc.name}
-    about = {'model_args': vars(model.config), 'config': knobs, 'chat': config.chat}
+    config.tokenizer = enc.name
+    about = {'model_args': vars(model.config), 'config': vars(config), 'chat': config.chat}
     save_file(weights, folder / 'glimpse.safetensors', metadata={'glimpse': json.dumps(about)})
     for path in enc.files:
         shutil.copy(path, folder)
@@ -684,15 +665,18 @@ def main():
     if image and not model.config.vision_encoder:
         raise ValueError(f'{name} is text-only: it was trained without a vision_encoder')
     torch.manual_seed(seed)
+    # examples -> [(answer, mean log-probability, marked answer)]
+    respond = partial(answer, model, enc, return_logprobs=True, max_new_tokens=max_new_tokens,
+                      temperature=temperature, top_k=top_k, top_p=top_p)
     with autocast:
         if export:
             export_model(model, enc, config)
         elif len(image) == 1 and os.path.isdir(image[0]):
-            caption_folder(model, enc, config, as_chat)
+            caption_folder(respond, config.batch_size, as_chat)
         elif interactive:
-            chat_loop(model, enc)
+            chat_loop(respond)
         else:
-            ask(model, enc, as_chat)
+            ask(respond, as_chat)
 
 
 if __name__ == '__main__':
