@@ -101,9 +101,9 @@ def to_device(batch, where):
 
 def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=0.0, **generation):
     """
-    Answers, a list of str, to a batch of conversations, without their last answer, or texts to continue. `generation`
-    goes to model.generate. An answer does not depend on the rest of the batch. With return_logprobs each is
-    (answer, mean log-probability per token in nats, marked answer).
+    Answers, a list of str, to conversations without their last answer or to texts to continue. They do not depend
+    on each other. `generation` goes to model.generate. With return_logprobs each is (answer, mean log-probability
+    per token in nats, marked answer).
     """
     config = model.config
     where = model.lm_head.weight.device
@@ -111,11 +111,11 @@ def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=
     batch = to_device(collate(prompts, config), where)
     images = batch['images'] if any(p['images'] for p in prompts) else None
     allowed = enc.allowed_ids(config.vocab_size).to(where)
-    out, logprobs_of = model.generate(batch['idx'], temperature=temperature, images=images, lengths=batch['lengths'],
-                                      stop_ids=enc.end_ids, allowed=allowed, return_logprobs=True, **generation)
+    out, logprobs_of = model.generate(
+        batch['idx'], temperature=temperature, images=images, lengths=batch['lengths'], stop_ids=enc.end_ids,
+        allowed=allowed, return_logprobs=True, **generation)
     answers = []
-    for row, p, prompt_ids in zip(out.tolist(), logprobs_of.tolist(), prompts):
-        start = len(prompt_ids['idx'])
+    for row, p, start in zip(out.tolist(), logprobs_of.tolist(), batch['lengths'].tolist()):
         ids = until_end(enc, row[start:])
         text = enc.decode(ids)
         if return_logprobs:
@@ -142,8 +142,8 @@ def mark_low_confidence(enc, ids, token_logprobs):
 
 def score(predictions, references):
     """
-    {'cer': edits per character of all references together, 'exact': share of predictions without any edit}. Unlike
-    a precision over words, the character error rate does not reward a short or a fluent wrong answer.
+    cer: edits per character of all references together; exact: the share of predictions without any edit. Unlike a
+    precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
     edits = list(map(Levenshtein.distance, predictions, references))
     n_chars = sum(map(len, references))
@@ -151,7 +151,7 @@ def score(predictions, references):
 
 
 def score_captions(predictions, examples):
-    """BLEU-4, ROUGE-L and CIDEr-D of examples with "references"; {} if pycocoevalcap, an extra, is not installed."""
+    """BLEU-4, ROUGE-L and CIDEr-D of examples with "references"; {} if pycocoevalcap is not installed."""
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
@@ -165,7 +165,7 @@ def score_captions(predictions, examples):
     references = {i: [words(r) or r for r in e['references']] for i, e in enumerate(examples)}
     bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)  # BLEU-1 to BLEU-4
     rouge_l, _ = Rouge().compute_score(references, predictions)
-    cider_d, _ = Cider().compute_score(references, predictions)  # 0 for a single image: all its words are common
+    cider_d, _ = Cider().compute_score(references, predictions)  # meaningless on few images
     return {'bleu4': bleu[3], 'rouge_l': float(rouge_l), 'cider_d': float(cider_d)}
 
 
@@ -179,8 +179,8 @@ def caption_words(text):
 
 def image_caption_pairs(examples, limit):
     """
-    Up to `limit` examples with one image, their captions (an image may have several "references"), and image_index
-    (M,), the image of each caption. No two examples share an image or a caption. Raises ValueError for fewer than two.
+    Up to `limit` examples with one image each, all their captions, and image_index (M,), the image of each caption.
+    No two examples share an image or a caption. Raises ValueError for fewer than two.
     """
     kept, captions, image_index, used = [], [], [], set()
     for example in examples:
@@ -200,8 +200,8 @@ def image_caption_pairs(examples, limit):
 
 def similarity(image_embeds, text_embeds, chunk=16):
     """
-    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query that is closest to the caption counts. In
-    chunks of images, because N x K x M would be 16 GB for COCO.
+    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query that is closest to the caption counts.
+    In chunks of images, because N x K x M would be 16 GB for COCO.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         return torch.cat([(part @ text_embeds.T).amax(1) for part in image_embeds.split(chunk)])
@@ -209,9 +209,9 @@ def similarity(image_embeds, text_embeds, chunk=16):
 
 def recall(scores, image_index):
     """
-    scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of their own
-    among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_r1, ...), and what guessing would give
-    (chance_r1). Ties count as wrong, so a collapsed model has 0.
+    scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of their
+    own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_r1, ...), and what guessing would
+    give (chance_r1). Ties count as wrong, so a collapsed model has 0.
     """
     N = len(scores)
     is_own = image_index == torch.arange(N)[:, None]                                     # (N, M)
@@ -306,12 +306,9 @@ class Evaluation:
         return to_device(collate(tokenized, config), self.device)
 
     def losses(self, examples, change=list):
-        """
-        {name: mean loss in nats, 'weight': the number of targets or rows}. `change` maps the examples of one batch at
-        a time to others, so that few changed images are in memory.
-        """
+        """{name: mean loss in nats, 'weight': the number of targets or rows}."""
         def measure(rows):
-            batch = self.batch(change(rows))
+            batch = self.batch(change(rows))  # a batch at a time, so that few changed images are in memory
             torch.manual_seed(self.config.seed)  # ITM's hard negatives are the same every time
             sums = {name: loss.item() for name, loss in self.model(batch).items()}
             return [{**sums, 'weight': self.model.loss_weight(batch)}]
@@ -371,8 +368,8 @@ class Evaluation:
         none = self.losses(without_image(examples))
         infix = self.losses([{**e, 'images': [], 'filling': e['infix']} for e in examples])
         if not pixels['weight'] == none['weight'] == infix['weight']:
-            raise ValueError(f'block_size ({self.model.config.block_size}) is too small to measure R: with its '
-                             'infix as text a sequence is cut off; lower max_span or raise block_size')
+            raise ValueError(f'block_size ({self.model.config.block_size}) is too small to measure R: with its infix '
+                             'as text a sequence is cut off; lower max_span or raise block_size')
         recovery = lambda losses: (none['lm'] - losses['lm']) / (none['lm'] - infix['lm'])
         return {'pixels_loss': pixels['lm'], 'none_loss': none['lm'], 'infix_loss': infix['lm'],
                 'R': recovery(pixels), 'R_blank': recovery(self.losses(examples, blank)),
@@ -401,7 +398,7 @@ class Evaluation:
 
         def embed_captions(texts):
             longest = self.model.config.block_size - 2  # an end token, and the one that the model prepends
-            ids = [torch.tensor(self.enc.encode(text)[:longest] + [self.enc.end_ids[0]]) for text in texts]
+            ids = [torch.tensor(self.enc.encode(text)[:longest] + self.enc.end_ids[:1]) for text in texts]
             ids = pad_sequence(ids, batch_first=True, padding_value=-1)
             return list(self.model.text_embeds(ids.to(self.device)).float().cpu())
 
@@ -413,9 +410,9 @@ class Evaluation:
         table = []
         own_image = image_index.tolist()
         for caption, i, column in zip(captions, own_image, scores.T):                    # (N)
+            rank = 1 + int((scores[i] > column[i]).sum())
             table.append({'image': image_names(examples[i]), 'caption': caption, 'cosine': f'{column[i]:.4f}',
-                          'rank': 1 + int((scores[i] > column[i]).sum()),
-                          'nearest': captions[scores[i].argmax()]})
+                          'rank': rank, 'nearest': captions[scores[i].argmax()]})
         images = [load_image(e['images'][0]) for e in examples[:8]]
         shown = [own_image.index(i) for i in range(len(images))]  # a caption of each
         sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
@@ -476,8 +473,8 @@ def answer_caption(example, prediction):
 # the script
 
 # what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
-DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12, seed=1337,
-                augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto')
+DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12,
+                seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto')
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
 
 
@@ -564,7 +561,7 @@ def chat_loop(respond):
 
 
 def caption_folder(respond, size, as_chat):
-    """Asks the prompt about every image of a folder, `size` at a time: captions.csv and captions.png in out_dir."""
+    """Asks the prompt about the images of a folder, `size` at a time: captions.csv and captions.png in out_dir."""
     folder, = image
     paths = []
     for path in sorted(str(path) for path in Path(folder).rglob('[!.]*') if not path.is_dir()):
@@ -578,8 +575,8 @@ def caption_folder(respond, size, as_chat):
     work = lambda batch: respond([prompt_example(prompt, [path], as_chat) for path in batch])
     table = []
     for path, (text, mean, marked) in zip(paths, map_across_ranks(work, paths, size, ONE_PROCESS)):
-        name = os.path.relpath(path, folder)
-        table.append({'image': name, 'caption': text, 'logprob': f'{mean:.4f}', 'marked': marked})
+        table.append({'image': os.path.relpath(path, folder), 'caption': text, 'logprob': f'{mean:.4f}',
+                      'marked': marked})
     captions = [row['marked' if logprobs else 'caption'] for row in table[:64]]
     write_results('captions', table, render.contact_sheet(list(map(load_image, paths[:64])), captions))
 
@@ -592,9 +589,8 @@ def evaluate(model, enc, config, autocast):
         config.tasks = 'text'
     config.dataset = eval
     config.eval_samples = eval_samples
-    held_out = None
-    if eval.endswith('.jsonl') and os.path.isfile(eval):
-        held_out = Examples(FileRows(eval), config, seed=0, shuffle=False)
+    is_file = eval.endswith('.jsonl') and os.path.isfile(eval)
+    held_out = Examples(FileRows(eval), config, seed=0, shuffle=False) if is_file else None
     evaluation = Evaluation(config, enc, model, ONE_PROCESS, held_out=held_out)
     result, sheet, table = evaluation.run(model, autocast)
     write_results('eval', table, sheet)
