@@ -181,7 +181,9 @@ def draw(
     if blur:
         image = image.filter(ImageFilter.GaussianBlur(blur))
     if noise:
-        image = add_noise(image, noise, seed)
+        pixels = np.asarray(image)                                                  # (H, W, 3)
+        gray = np.random.default_rng(seed).normal(0.0, noise, (height, image.width, 1))  # the same in all channels
+        image = Image.fromarray((pixels + gray).clip(0, 255).astype(np.uint8))
     return image
 
 
@@ -189,10 +191,8 @@ def size_before_rotation(width, height, degrees):
     """(width, height) in pixels of the box that takes width x height pixels after a rotation."""
     # a w x h box takes w cos + h sin by w sin + h cos: solved for w and h
     angle = math.radians(abs(degrees))
-    cos = math.cos(angle)
-    sin = math.sin(angle)
-    sizes = (width, height), (height, width)
-    return tuple(int((a * cos - b * sin) / math.cos(2 * angle)) for a, b in sizes)
+    solve = lambda a, b: int((a * math.cos(angle) - b * math.sin(angle)) / math.cos(2 * angle))
+    return solve(width, height), solve(height, width)
 
 
 def draw_lines(image, lines, x, y, face, color):
@@ -201,13 +201,6 @@ def draw_lines(image, lines, x, y, face, color):
     pitch = math.ceil(LEADING * face.size)
     for i, line in enumerate(lines):
         pen.text((x, y + i * pitch), line, color, face)
-
-
-def add_noise(image, sigma, seed):
-    """Gaussian pixel noise of standard deviation `sigma` gray levels, the same for the same seed."""
-    pixels = np.asarray(image)                                                      # (H, W, 3)
-    noise = np.random.default_rng(seed).normal(0.0, sigma, (*pixels.shape[:2], 1))  # one value for the three channels
-    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
 
 
 def augmentation(rng, strength=1.0):
@@ -251,8 +244,7 @@ def split(span, rng, low=0.1, high=0.4):
         raise ValueError(f'a span of {len(span)} is too short to be split into prefix, infix and postfix')
     length = min(len(span) - 2, max(1, round(len(span) * rng.uniform(low, high))))
     start = rng.randint(1, len(span) - length - 1)
-    end = start + length
-    return span[:start], span[start:end], span[end:]
+    return span[:start], span[start:start + length], span[start + length:]
 
 
 # -----------------------------------------------------------------------------
@@ -377,6 +369,11 @@ def stack(tiles, axis, gap=MARGIN):
     return sheet
 
 
+def stack_rows(rows, gap_x=MARGIN, gap_y=MARGIN):
+    """Rows of tiles as one image with a margin."""
+    return ImageOps.expand(stack([stack(row, 0, gap_x) for row in rows], 1, gap_y), MARGIN, 'white')
+
+
 def thumbnail(image, width, height):
     """The image scaled down to width x height pixels, or a small one drawn twice as large; framed."""
     image = image.convert('RGB')
@@ -406,18 +403,17 @@ def contact_sheet(images, captions, correct=None, cell=400):
         raise ValueError(f'a contact sheet needs as many captions as images, got {len(images)} and {len(captions)}')
     colors = {True: GREEN, False: RED, None: GRAY}
     tiles = []
-    for image, caption, answer in zip(images, captions, correct or [None] * len(images)):
-        caption = text_tile(caption, cell, color=colors[answer])
+    for image, caption, is_correct in zip(images, captions, correct or itertools.repeat(None)):
+        caption = text_tile(caption, cell, color=colors[is_correct])
         tiles.append(stack([thumbnail(image, cell, 2 * cell), caption], 1, gap=2))
-    rows = [stack(tiles[i:i + 4], 0) for i in range(0, len(tiles), 4)]
-    return ImageOps.expand(stack(rows, 1), MARGIN, 'white')
+    return stack_rows([tiles[i:i + 4] for i in range(0, len(tiles), 4)])
 
 
 def similarity_grid(images, captions, values):
     """An RGB image: images as columns, captions as rows, values[row][column] in the cells; the row's largest framed."""
     cell = 110
     header = [ImageOps.pad(thumbnail(image, cell, cell), (cell, cell), color='white') for image in images]
-    rows = [stack([text_tile('', 2 * cell), *header], 0, gap=0)]
+    rows = [[text_tile('', 2 * cell), *header]]
     low = min(map(min, values))
     high = max(map(max, values))
     for caption, row in zip(captions, values):
@@ -427,8 +423,8 @@ def similarity_grid(images, captions, values):
             fill = f'hsl(120, 50%, {100 - 40 * share:.0f}%)'
             tile = text_tile(f'{value:.2f}', cell - 4, tiles[0].height - 4, fill=fill)
             tiles.append(ImageOps.expand(tile, 2, 'black' if value == max(row) else 'white'))
-        rows.append(stack(tiles, 0, gap=0))
-    return ImageOps.expand(stack(rows, 1, gap=0), MARGIN, 'white')
+        rows.append(tiles)
+    return stack_rows(rows, 0, 0)
 
 
 TOKEN_FILLS = {'in_loss': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
@@ -449,8 +445,7 @@ def token_sheet(images, tokens, width=720):
             x = 0
         rows[-1].append(tile)
         x += tile.width + 1
-    sheet = stack([stack(row, 0, gap=1) for row in rows if row], 1, gap=2)
-    return ImageOps.expand(sheet, MARGIN, 'white')
+    return stack_rows([row for row in rows if row], 1, 2)
 
 
 def colorize(tokens, ansi=True):
@@ -492,12 +487,12 @@ def draw_file(
 
 def main():
     from configurator import call_with_knobs  # only the command line needs it
-    words = sys.argv[1:] or ['--']
-    if words[0] == '--help':
-        words.append('--help')
-    elif words[0].startswith('--'):
+    text, *words = sys.argv[1:] or ['--']
+    if text == '--help':
+        words = [text]
+    elif text.startswith('--'):
         raise ValueError('expected the text first: python render.py "some text" --out x.png')
-    call_with_knobs(draw_file, words[1:], words[0])
+    call_with_knobs(draw_file, words, text)
 
 
 if __name__ == '__main__':
