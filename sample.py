@@ -101,9 +101,9 @@ def to_device(batch, where):
 
 def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=0.0, **generation):
     """
-    Answers, a list of str, to conversations without their last answer or to texts to continue. They do not depend
-    on each other. `generation` goes to model.generate. With return_logprobs each is (answer, mean log-probability
-    per token in nats, marked answer).
+    Answers, a list of str, to conversations without their last answer or to texts to continue; none depends on
+    another. `generation` goes to model.generate. With return_logprobs each is (answer, mean log-probability per
+    token in nats, marked answer).
     """
     config = model.config
     where = model.lm_head.weight.device
@@ -142,8 +142,8 @@ def mark_low_confidence(enc, ids, token_logprobs):
 
 def score(predictions, references):
     """
-    cer: edits per character of all references together; exact: the share of predictions without any edit. Unlike a
-    precision over words, the character error rate does not reward a short or a fluent wrong answer.
+    cer: edits per character of all references together; exact: the share of predictions without any edit. Unlike
+    a precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
     edits = list(map(Levenshtein.distance, predictions, references))
     n_chars = sum(map(len, references))
@@ -179,8 +179,8 @@ def caption_words(text):
 
 def image_caption_pairs(examples, limit):
     """
-    Up to `limit` examples with one image each, all their captions, and image_index (M,), the image of each caption.
-    No two examples share an image or a caption. Raises ValueError for fewer than two.
+    Up to `limit` examples with one image each, all their captions, and image_index (M,), the image of each
+    caption. No two examples share an image or a caption. Raises ValueError for fewer than two.
     """
     kept, captions, image_index, used = [], [], [], set()
     for example in examples:
@@ -200,8 +200,8 @@ def image_caption_pairs(examples, limit):
 
 def similarity(image_embeds, text_embeds, chunk=16):
     """
-    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query that is closest to the caption counts.
-    In chunks of images, because N x K x M would be 16 GB for COCO.
+    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query closest to the caption counts. In chunks
+    of images, because N x K x M would be 16 GB for COCO.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         return torch.cat([(part @ text_embeds.T).amax(1) for part in image_embeds.split(chunk)])
@@ -209,9 +209,9 @@ def similarity(image_embeds, text_embeds, chunk=16):
 
 def recall(scores, image_index):
     """
-    scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of their
-    own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_r1, ...), and what guessing would
-    give (chance_r1). Ties count as wrong, so a collapsed model has 0.
+    scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of
+    their own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_r1, ...), and what
+    guessing would give (chance_r1). Ties count as wrong, so a collapsed model has 0.
     """
     N = len(scores)
     is_own = image_index == torch.arange(N)[:, None]                                     # (N, M)
@@ -368,8 +368,8 @@ class Evaluation:
         none = self.losses(without_image(examples))
         infix = self.losses([{**e, 'images': [], 'filling': e['infix']} for e in examples])
         if not pixels['weight'] == none['weight'] == infix['weight']:
-            raise ValueError(f'block_size ({self.model.config.block_size}) is too small to measure R: with its infix '
-                             'as text a sequence is cut off; lower max_span or raise block_size')
+            raise ValueError(f'block_size ({self.model.config.block_size}) is too small to measure R: with its '
+                             'infix as text a sequence is cut off; lower max_span or raise block_size')
         recovery = lambda losses: (none['lm'] - losses['lm']) / (none['lm'] - infix['lm'])
         return {'pixels_loss': pixels['lm'], 'none_loss': none['lm'], 'infix_loss': infix['lm'],
                 'R': recovery(pixels), 'R_blank': recovery(self.losses(examples, blank)),
@@ -433,8 +433,8 @@ def map_across_ranks(work, items, size, dist_env):
 
 def blank(examples):
     """The examples with white images of the same sizes."""
-    whiten = lambda source: Image.new('RGB', load_image(source).size, 'white')
-    return [{**e, 'images': list(map(whiten, e['images']))} for e in examples]
+    return [{**e, 'images': [Image.new('RGB', load_image(source).size, 'white') for source in e['images']]}
+            for e in examples]
 
 
 def shuffled(examples):
@@ -561,7 +561,7 @@ def chat_loop(respond):
 
 
 def caption_folder(respond, size, as_chat):
-    """Asks the prompt about the images of a folder, `size` at a time: captions.csv and captions.png in out_dir."""
+    """The prompt's answers to the images of a folder, `size` at a time: captions.csv and .png in out_dir."""
     folder, = image
     paths = []
     for path in sorted(str(path) for path in Path(folder).rglob('[!.]*') if not path.is_dir()):
@@ -619,10 +619,10 @@ def export_model(model, enc, config):
     settings, text_weights = to_hugging_face(model)
     settings['eos_token_id'] = enc.end_ids
     folder = Path(export)
-    folder.mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     if any(folder.iterdir()):
         raise ValueError(f'--export={export} is not empty: name a new folder')
-    (folder / 'config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
+    (folder / 'config.json').write_text(json.dumps(settings, indent=2))
     save_file(text_weights, folder / 'model.safetensors', metadata={'format': 'pt'})
     # a frozen encoder is written too, so that no other file is needed; tied weights are written once
     weights = {name: p.contiguous() for name, p in model.state_dict().items()}
