@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import sys
-from collections import ChainMap, Counter
+from collections import ChainMap, Counter, deque
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,19 +101,18 @@ def to_device(batch, where):
 
 def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=0.0, **generation):
     """
-    Answers, a list of str, to conversations without their last answer or to texts to continue; none depends on
-    another. `generation` goes to model.generate. With return_logprobs each is (answer, mean log-probability per
-    token in nats, marked answer).
+    Answers, a list of str, to conversations without their last answer or to texts to continue; none depends
+    on another. `generation` goes to model.generate. With return_logprobs each is (answer, mean log-probability
+    per token in nats, marked answer).
     """
     config = model.config
     where = model.lm_head.weight.device
     prompts = [tokenize(e, enc, config, prompt_only=True, cache=cache) for e in examples]
     batch = to_device(collate(prompts, config), where)
     images = batch['images'] if any(p['images'] for p in prompts) else None
-    allowed = enc.allowed_ids(config.vocab_size).to(where)
     out, logprobs_of = model.generate(
         batch['idx'], temperature=temperature, images=images, lengths=batch['lengths'], stop_ids=enc.end_ids,
-        allowed=allowed, return_logprobs=True, **generation)
+        allowed=enc.allowed_ids(config.vocab_size).to(where), return_logprobs=True, **generation)
     answers = []
     for row, p, start in zip(out.tolist(), logprobs_of.tolist(), batch['lengths'].tolist()):
         ids = until_end(enc, row[start:])
@@ -142,8 +141,8 @@ def mark_low_confidence(enc, ids, token_logprobs):
 
 def score(predictions, references):
     """
-    cer: edits per character of all references together; exact: the share of predictions without any edit. Unlike
-    a precision over words, the character error rate does not reward a short or a fluent wrong answer.
+    cer: edits per character of all references together; exact: the share of predictions without an edit.
+    Unlike a precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
     edits = list(map(Levenshtein.distance, predictions, references))
     n_chars = sum(map(len, references))
@@ -200,8 +199,8 @@ def image_caption_pairs(examples, limit):
 
 def similarity(image_embeds, text_embeds, chunk=16):
     """
-    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query closest to the caption counts. In chunks
-    of images, because N x K x M would be 16 GB for COCO.
+    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query closest to the caption counts.
+    In chunks of images, because N x K x M would be 16 GB for COCO.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         return torch.cat([(part @ text_embeds.T).amax(1) for part in image_embeds.split(chunk)])
@@ -439,10 +438,9 @@ def blank(examples):
 
 def shuffled(examples):
     """The examples with the images of others: image j becomes image j + M/2 of all M."""
-    images = [source for e in examples for source in e['images']]
-    half = len(images) // 2
-    others = iter(images[half:] + images[:half])
-    return [{**e, 'images': [next(others) for _ in e['images']]} for e in examples]
+    images = deque(source for e in examples for source in e['images'])
+    images.rotate(-(len(images) // 2))
+    return [{**e, 'images': [images.popleft() for _ in e['images']]} for e in examples]
 
 
 def without_image(examples):
@@ -534,15 +532,6 @@ def print_answer(respond, example, prefix=''):
     if logprobs:
         log(f'mean log-probability of a token: {mean:.3f} nats')
     return text
-
-
-def ask(respond, as_chat):
-    """Prints num_samples answers to the prompt."""
-    example = prompt_example(prompt, image, as_chat)
-    for i in range(num_samples):
-        if i:
-            print('---------------')
-        print_answer(respond, example, '' if as_chat else prompt)
 
 
 def chat_loop(respond):
@@ -672,7 +661,11 @@ def main():
         elif interactive:
             chat_loop(respond)
         else:
-            ask(respond, as_chat)
+            example = prompt_example(prompt, image, as_chat)
+            for i in range(num_samples):
+                if i:
+                    print('---------------')
+                print_answer(respond, example, '' if as_chat else prompt)
 
 
 if __name__ == '__main__':
