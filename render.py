@@ -75,8 +75,8 @@ def strip_unsupported(text, font=''):
 
 def wrap(text, face, width):
     """
-    Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary. Newlines
-    and indentation stay. Only a line of a single character can be wider.
+    Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary.
+    Newlines and indentation stay. Only a line of a single character can be wider.
     """
     lines = []
     for paragraph in text.expandtabs(4).split('\n'):
@@ -94,8 +94,8 @@ def wrap(text, face, width):
 
 def layout(text, face, width):
     """
-    The lines of the text in a column of `width` pixels, and their ink box (x0, y0, x1, y1); the origin is the left end
-    of the first ascender line.
+    The lines of the text in a column of `width` pixels, and their ink box (x0, y0, x1, y1); the origin is the
+    left end of the first ascender line.
     """
     lines = wrap(text, face, width)
     pitch = math.ceil(LEADING * face.size)
@@ -112,8 +112,8 @@ class DoesNotFit(ValueError):
 
 def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
     """
-    The largest font size at which the wrapped text stays inside width x height pixels, by binary search, as in text-only
-    VLM pretraining (sizes 12 to 200, leading 1.4). Returns (size, lines, ink box), the last two as from `layout`.
+    The largest font size at which the wrapped text stays inside width x height pixels, by binary search, as in
+    text-only VLM pretraining (sizes 12 to 200, leading 1.4). Returns (size, lines, ink box), as from `layout`.
     Raises ValueError for text without ink, DoesNotFit for text that overflows even at min_size.
     """
     if not text.strip():
@@ -146,20 +146,20 @@ def draw(
     width,                       # of the box, in pixels
     height,
     font='',
-    position=(0.0, 0.0),         # (x, y) in [0, 1]: how the space that is left over is shared; (0, 0) is top left
+    position=(0.0, 0.0),         # (x, y) in [0, 1] of the space that is left over; (0, 0) is top left
     color=(0, 0, 0),
     background=(255, 255, 255),
     trim=False,                  # cut the image to the width of the text
     pad=(0, 0),                  # pixels of background left and right of the text
     scale=1.0,                   # share of the font size that fits; < 1 leaves space for `position`
-    rotate=0.0,                  # degrees counter-clockwise; the box stays as it is, so the text is set smaller
+    rotate=0.0,                  # degrees counter-clockwise; the box stays, so the text is set smaller
     blur=0.0,                    # radius of a Gaussian blur, in pixels
     noise=0.0,                   # standard deviation of pixel noise, in gray levels of 255
     seed=0,                      # of the noise
     min_size=MIN_SIZE,
     max_size=MAX_SIZE,
 ):
-    """Draws text into a box. Returns an RGB PIL image. Raises ValueError if the text is empty or does not fit."""
+    """Text in a box, as an RGB PIL image. Raises ValueError if the text is empty or does not fit."""
     inner_width, inner_height = size_before_rotation(width, height, rotate)
     column = inner_width - sum(pad)
     if min(column, inner_height) < 1:
@@ -181,7 +181,9 @@ def draw(
     if blur:
         image = image.filter(ImageFilter.GaussianBlur(blur))
     if noise:
-        image = add_noise(image, noise, seed)
+        pixels = np.asarray(image)                                                  # (H, W, 3)
+        gray = np.random.default_rng(seed).normal(0.0, noise, (height, image.width, 1))  # the same in all channels
+        image = Image.fromarray((pixels + gray).clip(0, 255).astype(np.uint8))
     return image
 
 
@@ -189,10 +191,8 @@ def size_before_rotation(width, height, degrees):
     """(width, height) in pixels of the box that takes width x height pixels after a rotation."""
     # a w x h box takes w cos + h sin by w sin + h cos: solved for w and h
     angle = math.radians(abs(degrees))
-    cos = math.cos(angle)
-    sin = math.sin(angle)
-    sizes = (width, height), (height, width)
-    return tuple(int((a * cos - b * sin) / math.cos(2 * angle)) for a, b in sizes)
+    solve = lambda a, b: int((a * math.cos(angle) - b * math.sin(angle)) / math.cos(2 * angle))
+    return solve(width, height), solve(height, width)
 
 
 def draw_lines(image, lines, x, y, face, color):
@@ -203,15 +203,8 @@ def draw_lines(image, lines, x, y, face, color):
         pen.text((x, y + i * pitch), line, color, face)
 
 
-def add_noise(image, sigma, seed):
-    """Gaussian pixel noise of standard deviation `sigma` gray levels, the same for the same seed."""
-    pixels = np.asarray(image)                                                      # (H, W, 3)
-    noise = np.random.default_rng(seed).normal(0.0, sigma, (*pixels.shape[:2], 1))  # one value for the three channels
-    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
-
-
 def augmentation(rng, strength=1.0):
-    """Random arguments for `draw` from a random.Random, scaled by strength in [0, 1]; 0 leaves black on white."""
+    """Random arguments for `draw`, scaled by strength in [0, 1]; 0 leaves black on white. rng: a random.Random."""
     if not strength:
         return {}
     amount = lambda high: rng.random() * high * strength
@@ -242,8 +235,8 @@ def augmentation(rng, strength=1.0):
 def split(span, rng, low=0.1, high=0.4):
     """
     Cuts a list of tokens or a string into prefix, infix and postfix, none of them empty. The infix is a share
-    r ~ U(low, high) of the span, its start uniformly random, as in text-only VLM pretraining. Raises ValueError for
-    fewer than three elements and for ratios that are not 0 < low <= high < 1.
+    r ~ U(low, high) of the span, its start uniformly random, as in text-only VLM pretraining. Raises ValueError
+    for fewer than three elements and for ratios that are not 0 < low <= high < 1.
     """
     if not 0 < low <= high < 1:
         raise ValueError(f'the infix ratio must satisfy 0 < low <= high < 1, got {low} and {high}')
@@ -251,8 +244,7 @@ def split(span, rng, low=0.1, high=0.4):
         raise ValueError(f'a span of {len(span)} is too short to be split into prefix, infix and postfix')
     length = min(len(span) - 2, max(1, round(len(span) * rng.uniform(low, high))))
     start = rng.randint(1, len(span) - length - 1)
-    end = start + length
-    return span[:start], span[start:end], span[end:]
+    return span[:start], span[start:start + length], span[start + length:]
 
 
 # -----------------------------------------------------------------------------
@@ -262,9 +254,10 @@ SHAPES = ('circle', 'square', 'triangle', 'cross')
 COLORS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (245, 210, 40),
           'purple': (150, 60, 190), 'black': (20, 20, 20)}
 QUARTERS = ('top left', 'top right', 'bottom left', 'bottom right')
-FACTS = [('How many sides has a triangle?', '3'), ('How many sides has a square?', '4'), ('Which shape is round?', 'circle'),
-         ('How many corners has a triangle?', '3'), ('Which color do blue and yellow make?', 'green'),
-         ('Which color do red and blue make?', 'purple'), ('Is a circle round?', 'yes'), ('Is a square round?', 'no')]
+FACTS = [('How many sides has a triangle?', '3'), ('How many sides has a square?', '4'),
+         ('Which shape is round?', 'circle'), ('How many corners has a triangle?', '3'),
+         ('Which color do blue and yellow make?', 'green'), ('Which color do red and blue make?', 'purple'),
+         ('Is a circle round?', 'yes'), ('Is a square round?', 'no')]
 
 
 def random_shapes(rng, count):
@@ -300,9 +293,9 @@ def draw_shapes(shapes):
 
 def shapes_example(rng, new_image, held_out):
     """
-    (images, each a list of shapes from new_image(rng, count); turns, each a question and its answer). Many training
-    conversations end in a description, which needs everything in the image. Only the last answer of a held-out one is
-    scored: there a description stands alone.
+    (images, each a list of shapes from new_image(rng, count); turns, each a question and its answer). Many
+    training conversations end in a description, which needs everything in the image. Only the last answer of a
+    held-out one is scored: there a description stands alone.
     """
     dice = rng.random()
     if dice < 0.05:
@@ -365,7 +358,7 @@ MARGIN = 8     # pixels between the tiles of a sheet
 TEXT_SIZE = 14
 
 
-def stack(tiles, axis, gap=MARGIN):
+def stack(tiles, axis, gap):
     """The tiles in a row (axis 0) or in a column (axis 1), `gap` pixels apart, on white."""
     size = [max(tile.width for tile in tiles), max(tile.height for tile in tiles)]
     size[axis] = sum(tile.size[axis] + gap for tile in tiles) - gap
@@ -375,6 +368,11 @@ def stack(tiles, axis, gap=MARGIN):
         sheet.paste(tile, tuple(corner))
         corner[axis] += tile.size[axis] + gap
     return sheet
+
+
+def stack_rows(rows, gap_x=MARGIN, gap_y=MARGIN):
+    """Rows of tiles as one image with a margin."""
+    return ImageOps.expand(stack([stack(row, 0, gap_x) for row in rows], 1, gap_y), MARGIN, 'white')
 
 
 def thumbnail(image, width, height):
@@ -399,25 +397,24 @@ def text_tile(text, width, height=0, color='black', fill='white'):
 
 def contact_sheet(images, captions, correct=None, cell=400):
     """
-    One RGB image with all PIL images in a grid of four columns, each above its caption, scaled down to `cell` pixels
-    of width. correct: a bool or None each, which makes the caption green, red or gray; None for all gray.
+    One RGB image with all PIL images in four columns, each above its caption, scaled down to `cell` pixels of
+    width. correct: a bool or None each, which makes the caption green, red or gray; None for all gray.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f'a contact sheet needs as many captions as images, got {len(images)} and {len(captions)}')
     colors = {True: GREEN, False: RED, None: GRAY}
     tiles = []
-    for image, caption, answer in zip(images, captions, correct or [None] * len(images)):
-        caption = text_tile(caption, cell, color=colors[answer])
-        tiles.append(stack([thumbnail(image, cell, 2 * cell), caption], 1, gap=2))
-    rows = [stack(tiles[i:i + 4], 0) for i in range(0, len(tiles), 4)]
-    return ImageOps.expand(stack(rows, 1), MARGIN, 'white')
+    for image, caption, is_correct in zip(images, captions, correct or itertools.repeat(None)):
+        caption = text_tile(caption, cell, color=colors[is_correct])
+        tiles.append(stack([thumbnail(image, cell, 2 * cell), caption], 1, 2))
+    return stack_rows([tiles[i:i + 4] for i in range(0, len(tiles), 4)])
 
 
 def similarity_grid(images, captions, values):
-    """An RGB image: images as columns, captions as rows, values[row][column] in the cells; the row's largest framed."""
+    """An RGB image: a column for each image, a row for each caption, values[row][column]; a row's largest framed."""
     cell = 110
     header = [ImageOps.pad(thumbnail(image, cell, cell), (cell, cell), color='white') for image in images]
-    rows = [stack([text_tile('', 2 * cell), *header], 0, gap=0)]
+    rows = [[text_tile('', 2 * cell), *header]]
     low = min(map(min, values))
     high = max(map(max, values))
     for caption, row in zip(captions, values):
@@ -427,8 +424,8 @@ def similarity_grid(images, captions, values):
             fill = f'hsl(120, 50%, {100 - 40 * share:.0f}%)'
             tile = text_tile(f'{value:.2f}', cell - 4, tiles[0].height - 4, fill=fill)
             tiles.append(ImageOps.expand(tile, 2, 'black' if value == max(row) else 'white'))
-        rows.append(stack(tiles, 0, gap=0))
-    return ImageOps.expand(stack(rows, 1, gap=0), MARGIN, 'white')
+        rows.append(tiles)
+    return stack_rows(rows, 0, 0)
 
 
 TOKEN_FILLS = {'in_loss': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
@@ -436,7 +433,7 @@ TOKEN_CODES = {'in_loss': '30;42', 'image': '30;44', 'special': '2', 'given': '0
 
 
 def token_sheet(images, tokens, width=720):
-    """An RGB image: the images in a row and, below them, a sequence of (text, type) tokens, in the type's color."""
+    """An RGB image: the images in a row and, below them, (text, type) tokens, each in the color of its type."""
     face = load_font('', TEXT_SIZE)
     rows = [[thumbnail(image, width, 160) for image in images]]
     x = width
@@ -449,8 +446,7 @@ def token_sheet(images, tokens, width=720):
             x = 0
         rows[-1].append(tile)
         x += tile.width + 1
-    sheet = stack([stack(row, 0, gap=1) for row in rows if row], 1, gap=2)
-    return ImageOps.expand(sheet, MARGIN, 'white')
+    return stack_rows([row for row in rows if row], 1, 2)
 
 
 def colorize(tokens, ansi=True):
@@ -491,15 +487,14 @@ def draw_file(
 
 
 def main():
-    from configurator import call_with_knobs  # only the command line needs it
-    words = sys.argv[1:] or ['--']
-    if words[0] == '--help':
-        words.append('--help')
-    elif words[0].startswith('--'):
+    text, *words = sys.argv[1:] or ['--']
+    if text == '--help':
+        words = [text]
+    elif text.startswith('--'):
         raise ValueError('expected the text first: python render.py "some text" --out x.png')
-    call_with_knobs(draw_file, words[1:], words[0])
+    call_with_knobs(draw_file, words, text)
 
 
 if __name__ == '__main__':
-    from configurator import run
+    from configurator import call_with_knobs, run  # only the command line needs them
     run(main)

@@ -23,15 +23,15 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
+from collections import ChainMap, Counter, deque
+from functools import lru_cache, partial
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from PIL import Image
-from rapidfuzz.distance import LCSseq, Levenshtein
+from rapidfuzz.distance import Levenshtein
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -84,8 +84,12 @@ def best_dtype(device_type):
 
 
 def log(text):
-    """Prints to stderr; stdout is for answers."""
-    print(text, file=sys.stderr)
+    """Prints to stderr, from the first process only; stdout is for answers."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(text, file=sys.stderr)
+
+
+log_once = lru_cache(log)  # a text that was printed before is skipped
 
 
 def to_device(batch, where):
@@ -95,23 +99,22 @@ def to_device(batch, where):
     return {'images': images, **{name: move(batch[name]) for name in ('idx', 'targets', 'lengths')}}
 
 
-def answer(model, enc, examples, cache=None, return_logprobs=False, **generation):
+def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=0.0, **generation):
     """
-    Answers, a list of str, to a batch of conversations, without their last answer, or texts to continue. `generation`
-    goes to model.generate; greedy by default. An answer does not depend on the rest of the batch. With
-    return_logprobs each is (answer, mean log-probability per token in nats, marked answer).
+    Answers, a list of str, to conversations without their last answer or to texts to continue; none depends
+    on another. `generation` goes to model.generate. With return_logprobs each is (answer, mean log-probability
+    per token in nats, marked answer).
     """
     config = model.config
+    where = model.lm_head.weight.device
     prompts = [tokenize(e, enc, config, prompt_only=True, cache=cache) for e in examples]
-    batch = to_device(collate(prompts, config), model.lm_head.weight.device)
-    has_images = any(p['images'] for p in prompts)
-    generation = {'temperature': 0.0, 'images': batch['images'] if has_images else None, **generation}
+    batch = to_device(collate(prompts, config), where)
+    images = batch['images'] if any(p['images'] for p in prompts) else None
     out, logprobs_of = model.generate(
-        batch['idx'], lengths=batch['lengths'], stop_ids=enc.end_ids, return_logprobs=True,
-        allowed=enc.allowed_ids(config.vocab_size).to(batch['idx'].device), **generation)
+        batch['idx'], temperature=temperature, images=images, lengths=batch['lengths'], stop_ids=enc.end_ids,
+        allowed=enc.allowed_ids(config.vocab_size).to(where), return_logprobs=True, **generation)
     answers = []
-    for row, p, prompt_ids in zip(out.tolist(), logprobs_of.tolist(), prompts):
-        start = len(prompt_ids['idx'])
+    for row, p, start in zip(out.tolist(), logprobs_of.tolist(), batch['lengths'].tolist()):
         ids = until_end(enc, row[start:])
         text = enc.decode(ids)
         if return_logprobs:
@@ -138,20 +141,31 @@ def mark_low_confidence(enc, ids, token_logprobs):
 
 def score(predictions, references):
     """
-    {'cer': edits per character of all references together, 'exact': share of predictions without any edit}. Unlike
-    a precision over words, the character error rate does not reward a short or a fluent wrong answer.
+    cer: edits per character of all references together; exact: the share of predictions without an edit.
+    Unlike a precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
-    edits = [Levenshtein.distance(p, r) for p, r in zip(predictions, references)]
+    edits = list(map(Levenshtein.distance, predictions, references))
     n_chars = sum(map(len, references))
     return {'cer': sum(edits) / max(1, n_chars), 'exact': edits.count(0) / max(1, len(edits))}
 
 
 def score_captions(predictions, examples):
-    """BLEU-4, ROUGE-L and CIDEr-D of examples with "references", as pycocoevalcap computes them."""
-    words = [caption_words(p) for p in predictions]
-    references = [[caption_words(r) for r in e['references']] for e in examples]
-    metrics = {'bleu4': bleu, 'rouge_l': rouge_l, 'cider_d': cider_d}
-    return {name: metric(words, references) for name, metric in metrics.items()}
+    """BLEU-4, ROUGE-L and CIDEr-D of examples with "references"; {} if pycocoevalcap is not installed."""
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError:
+        log_once("no BLEU-4, ROUGE-L and CIDEr-D of captions: pip install 'glimpse[captions]' adds them")
+        return {}
+    words = lambda text: ' '.join(caption_words(text))
+    predictions = {i: [words(p)] for i, p in enumerate(predictions)}
+    # a reference without words, such as an emoji, stays as it is: CIDEr-D fails if all of them are empty
+    references = {i: [words(r) or r for r in e['references']] for i, e in enumerate(examples)}
+    bleu, _ = Bleu(4).compute_score(references, predictions, verbose=0)  # BLEU-1 to BLEU-4
+    rouge_l, _ = Rouge().compute_score(references, predictions)
+    cider_d, _ = Cider().compute_score(references, predictions)  # meaningless on few images
+    return {'bleu4': bleu[3], 'rouge_l': float(rouge_l), 'cider_d': float(cider_d)}
 
 
 def caption_words(text):
@@ -159,86 +173,19 @@ def caption_words(text):
     return re.findall(r"\w+(?:['’]\w+)?", text.lower())
 
 
-def ngrams(words, n):
-    """{n consecutive words: how often they occur}"""
-    return Counter(zip(*(words[i:] for i in range(n))))
-
-
-def bleu(predictions, references):
-    """
-    BLEU-4 of all predictions, lists of words, with several references each: the geometric mean of four precisions, and
-    a penalty if the predictions are shorter than the references closest in length, https://aclanthology.org/P02-1040.
-    """
-    matched, total = Counter(), Counter()
-    length = closest_length = 0
-    for words, refs in zip(predictions, references):
-        length += len(words)
-        closest_length += min((abs(len(ref) - len(words)), len(ref)) for ref in refs)[1]
-        for n in range(1, 5):
-            allowed = Counter()
-            for ref in refs:
-                allowed |= ngrams(ref, n)  # the larger of two counts
-            counts = ngrams(words, n)
-            matched[n] += (counts & allowed).total()
-            total[n] += counts.total()
-    # with pycocoevalcap's small numbers
-    precision = math.prod((matched[n] + 1e-15) / (total[n] + 1e-9) for n in range(1, 5))
-    return precision ** 0.25 * min(1.0, math.exp(1 - (closest_length + 1e-9) / (length + 1e-15)))
-
-
-def rouge_l(predictions, references):
-    """
-    Mean ROUGE-L: the F-score (beta 1.2) of the longest common subsequence of words, from the best precision and the
-    best recall of several references, https://aclanthology.org/W04-1013.
-    """
-    scores = []
-    for words, refs in zip(predictions, references):
-        common = [LCSseq.similarity(words, ref) for ref in refs]
-        p = max(common) / max(1, len(words))
-        r = max(c / max(1, len(ref)) for c, ref in zip(common, refs))
-        scores.append((1 + 1.2**2) * p * r / (r + 1.2**2 * p) if p else 0.0)
-    return fmean(scores)
-
-
-def cider_d(predictions, references):
-    """
-    Mean CIDEr-D: 10 times the cosine of n-gram counts (n = 1 to 4), weighted by their rarity over all images, with
-    clipped counts and a penalty for another length, https://arxiv.org/abs/1411.5726. Meaningless on few images.
-    """
-    n_images = Counter()  # in the references of how many images an n-gram occurs
-    for refs in references:
-        n_images.update({gram for ref in refs for n in range(1, 5) for gram in ngrams(ref, n)})
-    rarity = lambda gram: math.log(len(references) / max(1, n_images[gram]))
-    tfidf = lambda words, n: {gram: count * rarity(gram) for gram, count in ngrams(words, n).items()}
-
-    scores = []
-    for words, refs in zip(predictions, references):
-        cosines = []
-        for ref, n in itertools.product(refs, range(1, 5)):
-            a, b = tfidf(words, n), tfidf(ref, n)
-            dot = sum(min(x, b[gram]) * b[gram] for gram, x in a.items() if gram in b)
-            norms = math.hypot(*a.values()) * math.hypot(*b.values())
-            # the lengths are counted in pairs of words, as in the authors' code
-            gap = ngrams(words, 2).total() - ngrams(ref, 2).total()
-            cosines.append(math.exp(-gap**2 / (2 * 6.0**2)) * dot / (norms or 1))
-        scores.append(10 * fmean(cosines))
-    return fmean(scores)
-
-
 # -----------------------------------------------------------------------------
 # retrieval: which caption belongs to which image?
 
 def image_caption_pairs(examples, limit):
     """
-    Up to `limit` examples with one image, their captions (an image may have several "references"), and image_index
-    (M,), the image of each caption. No two examples share an image or a caption. Raises ValueError for fewer than two.
+    Up to `limit` examples with one image each, all their captions, and image_index (M,), the image of each
+    caption. No two examples share an image or a caption. Raises ValueError for fewer than two.
     """
     kept, captions, image_index, used = [], [], [], set()
     for example in examples:
         own = list(dict.fromkeys(example.get('references') or [reference(example).strip()]))
-        images = example.get('images') or []
-        names = {*own, *map(str, images)}
-        if len(images) == 1 and all(own) and not names & used:
+        names = {*own, *map(str, example['images'])}
+        if len(example['images']) == 1 and all(own) and not names & used:
             used |= names
             captions += own
             image_index += [len(kept)] * len(own)
@@ -252,19 +199,18 @@ def image_caption_pairs(examples, limit):
 
 def similarity(image_embeds, text_embeds, chunk=16):
     """
-    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query that is closest to the caption counts. In
-    chunks of images, because N x K x M would be 16 GB for COCO.
+    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query closest to the caption counts.
+    In chunks of images, because N x K x M would be 16 GB for COCO.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
-        parts = image_embeds.split(chunk)
-        return torch.cat([torch.einsum('nkd,md->nkm', part, text_embeds).amax(1) for part in parts])
+        return torch.cat([(part @ text_embeds.T).amax(1) for part in image_embeds.split(chunk)])
 
 
 def recall(scores, image_index):
     """
-    scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of their own
-    among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_r1, ...), and what guessing would give
-    (chance_r1). Ties count as wrong, so a collapsed model has 0.
+    scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of
+    their own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_r1, ...), and what
+    guessing would give (chance_r1). Ties count as wrong, so a collapsed model has 0.
     """
     N = len(scores)
     is_own = image_index == torch.arange(N)[:, None]                                     # (N, M)
@@ -309,10 +255,11 @@ class Evaluation:
     def __init__(self, config, enc, model, dist_env, cache=None, held_out=None):
         self.config = config
         self.enc = enc
-        self.dist_env = dist_env
+        self.map = partial(map_across_ranks, size=config.batch_size, dist_env=dist_env)
+        self.device = next(model.parameters()).device
         self.cache = cache
+        has_vision = model.config.vision_encoder
         image_tasks = ' '.join(task for task in config.tasks.split() if not task.startswith('text'))
-        has_vision = bool(model.config.vision_encoder)
         used_tasks = image_tasks if image_tasks and has_vision else 'text'
         held_out = held_out or held_out_examples(config.dataset, config, used_tasks)
         is_plain = held_out.is_plain_text
@@ -321,7 +268,8 @@ class Evaluation:
                              '--vision_encoder=vit, or --tasks=text')
         n_loss = config.eval_iters * config.batch_size
         limit = max(n_loss, config.eval_samples)
-        examples = (held_out[i] for i in range(4 * limit if is_plain else len(held_out.rows)))
+        indices = range(4 * limit if is_plain else len(held_out.rows))
+        examples = ({'images': [], **held_out[i]} for i in indices)
         self.pairs = None
         if isinstance(model, QFormerPretraining):
             self.pairs = image_caption_pairs(examples, config.eval_samples)
@@ -329,45 +277,40 @@ class Evaluation:
             return
         examples = list(itertools.islice(examples, limit))
         self.loss_examples = examples[:n_loss]
-        self.questions = [e for e in examples if is_question(e)][:config.eval_samples]
+        # conversations, and images with a caption after the last one
+        is_question = lambda e: 'messages' in e or e['images'] and 'infix' not in e and reference(e).strip()
+        self.questions = list(filter(is_question, examples))[:config.eval_samples]
         self.continuations = [e for e in examples if 'infix' in e][:min(8, config.eval_samples)]
         self.texts = []
         encodes_all = is_plain or not enc.name.endswith('.pkl')  # nanoGPT's character tokenizers do not
         if config.text_dataset or used_tasks != 'text' and encodes_all:
             text_dataset = config.text_dataset or ('' if is_plain else 'pydoc')
             text_rows = open_rows(text_dataset, 'val') if text_dataset else held_out.rows
-            texts = Examples(text_rows, config, 0, 'text', shuffle=False)
+            texts = Examples(text_rows, config, seed=0, tasks='text', shuffle=False)
             self.texts = [texts[i] for i in range(n_loss)]
 
     @torch.no_grad()
     def run(self, model, autocast):
-        """({name: figure}, a contact sheet or None, a table [{column: value}]); the sheet on rank 0 only."""
-        model.eval()
+        """({name: figure}, a contact sheet or None, a table [{column: value}]), the same on every rank."""
+        self.model = model.eval()
         with autocast:
-            measured = self.measure_retrieval(model) if self.pairs else self.measure_answers(model)
+            measured = self.measure_retrieval() if self.pairs else self.measure_answers()
         model.train()
         return measured
 
-    def batch(self, model, examples):
+    def batch(self, examples):
         """The examples as a collated batch on the device."""
-        loss_on = self.config.loss_on
-        tokenized = [tokenize(e, self.enc, model.config, loss_on, cache=self.cache) for e in examples]
-        return to_device(collate(tokenized, model.config), self.dist_env.device)
+        config = self.model.config
+        tokenized = [tokenize(e, self.enc, config, self.config.loss_on, cache=self.cache) for e in examples]
+        return to_device(collate(tokenized, config), self.device)
 
-    def map(self, work, items):
-        """Concatenates the lists that work(items) gives of each batch of the items, on every rank."""
-        return map_across_ranks(work, items, self.config.batch_size, self.dist_env)
-
-    def losses(self, model, examples, change=list):
-        """
-        {name: mean loss in nats, 'weight': the number of targets or rows}. `change` maps the examples of one batch at
-        a time to others, so that few changed images are in memory.
-        """
+    def losses(self, examples, change=list):
+        """{name: mean loss in nats, 'weight': the number of targets or rows}."""
         def measure(rows):
-            batch = self.batch(model, change(rows))
+            batch = self.batch(change(rows))  # a batch at a time, so that few changed images are in memory
             torch.manual_seed(self.config.seed)  # ITM's hard negatives are the same every time
-            sums = {name: loss.item() for name, loss in model(batch).items()}
-            return [{**sums, 'weight': model.loss_weight(batch)}]
+            sums = {name: loss.item() for name, loss in self.model(batch).items()}
+            return [{**sums, 'weight': self.model.loss_weight(batch)}]
 
         total = Counter()
         for sums in self.map(measure, examples):
@@ -375,30 +318,30 @@ class Evaluation:
         weight = total.pop('weight', 0)
         return Counter({name: value / max(1, weight) for name, value in total.items()}, weight=weight)
 
-    def generate(self, model, examples):
+    def generate(self, examples):
         """Greedy answers to the examples, on every rank."""
         def work(rows):
             # as long as the longest reference and a little more: an answer that goes on is wrong anyway
             length = lambda e: len(reference(e) if e.get('char_level') else self.enc.encode(reference(e)))
             longest = max(map(length, rows)) + 8
-            return answer(model, self.enc, list(map(question, rows)), self.cache, max_new_tokens=longest)
+            return answer(self.model, self.enc, list(map(question, rows)), self.cache, max_new_tokens=longest)
 
         return self.map(work, examples)
 
-    def measure_answers(self, model):
+    def measure_answers(self):
         """`run` for a GPT."""
         examples = self.loss_examples
-        result = {'val_loss': self.losses(model, examples)['lm']}
-        if any(e.get('images') for e in examples):
-            result['blank_loss'] = self.losses(model, examples, blank)['lm']
-            result['shuffled_loss'] = self.losses(model, shuffled(examples))['lm']
+        result = {'val_loss': self.losses(examples)['lm']}
+        if any(e['images'] for e in examples):
+            result['blank_loss'] = self.losses(examples, blank)['lm']
+            result['shuffled_loss'] = self.losses(shuffled(examples))['lm']
         if self.texts:
-            result['text_loss'] = self.losses(model, self.texts)['lm']
+            result['text_loss'] = self.losses(self.texts)['lm']
         hidden = [e for e in examples if 'infix' in e]
         if hidden:
-            result |= self.pixel_recovery(model, hidden)
-        cells = self.continuation_cells(model)
-        predictions = self.generate(model, self.questions)
+            result |= self.pixel_recovery(hidden)
+        cells = self.continuation_cells()
+        predictions = self.generate(self.questions)
         references = list(map(reference, self.questions))
         if predictions:
             result |= {**score(predictions, references), 'n': len(predictions)}
@@ -409,35 +352,33 @@ class Evaluation:
             edits = Levenshtein.distance(prediction, truth)
             table.append({'index': len(table), 'image': image_names(example), 'reference': truth,
                           'prediction': prediction, 'edits': edits, 'exact': int(edits == 0)})
-            if len(table) <= 32 and example.get('images'):
+            if len(table) <= 32 and example['images']:
                 cells.append((example['images'][0], answer_caption(example, prediction), edits == 0))
         sheet = None
-        if cells and self.dist_env.rank == 0:
+        if cells:
             sources, captions, correct = zip(*cells)
             cell = 800 if self.continuations else 400  # a caption is cut after six lines
             sheet = render.contact_sheet(list(map(load_image, sources)), captions, correct, cell)
         return result, sheet, table
 
-    def pixel_recovery(self, model, examples):
+    def pixel_recovery(self, examples):
         """R, its controls and the losses that they are made of, all on the same postfix tokens."""
-        as_text = [{**e, 'filling': e['infix']} for e in without_image(examples)]
-        pixels = self.losses(model, examples)
-        blanked = self.losses(model, examples, blank)
-        mismatched = self.losses(model, shuffled(examples))
-        none = self.losses(model, examples, without_image)
-        infix = self.losses(model, as_text)
+        pixels = self.losses(examples)
+        none = self.losses(without_image(examples))
+        infix = self.losses([{**e, 'images': [], 'filling': e['infix']} for e in examples])
         if not pixels['weight'] == none['weight'] == infix['weight']:
-            raise ValueError(f'block_size ({model.config.block_size}) is too small to measure R: with its '
+            raise ValueError(f'block_size ({self.model.config.block_size}) is too small to measure R: with its '
                              'infix as text a sequence is cut off; lower max_span or raise block_size')
         recovery = lambda losses: (none['lm'] - losses['lm']) / (none['lm'] - infix['lm'])
         return {'pixels_loss': pixels['lm'], 'none_loss': none['lm'], 'infix_loss': infix['lm'],
-                'R': recovery(pixels), 'R_blank': recovery(blanked), 'R_shuffled': recovery(mismatched)}
+                'R': recovery(pixels), 'R_blank': recovery(self.losses(examples, blank)),
+                'R_shuffled': recovery(self.losses(shuffled(examples)))}
 
-    def continuation_cells(self, model):
+    def continuation_cells(self):
         """What the model generates with the image and with nothing in its place, and the true postfix."""
         examples = [{**e, 'text': question(e)['text'] + reference(e)[:150]} for e in self.continuations]
-        with_image = self.generate(model, examples)
-        without = self.generate(model, without_image(examples))
+        with_image = self.generate(examples)
+        without = self.generate(without_image(examples))
         cells = []
         for example, *texts in zip(examples, with_image, without, map(reference, examples)):
             texts = [' '.join(text.split())[:150] for text in texts]
@@ -445,20 +386,20 @@ class Evaluation:
             cells.append((example['images'][0], caption, None))
         return cells
 
-    def measure_retrieval(self, model):
+    def measure_retrieval(self):
         """`run` for a QFormerPretraining."""
         examples, captions, image_index = self.pairs
-        losses = self.losses(model, self.loss_examples)
+        losses = self.losses(self.loss_examples)
         del losses['weight']
 
         def embed_images(rows):
-            return list(model.image_embeds(self.batch(model, rows)['images']).float().cpu())
+            return list(self.model.image_embeds(self.batch(rows)['images']).float().cpu())
 
         def embed_captions(texts):
-            longest = model.config.block_size - 2  # an end token, and the one that the model prepends
-            ids = [torch.tensor(self.enc.encode(text)[:longest] + [self.enc.end_ids[0]]) for text in texts]
+            longest = self.model.config.block_size - 2  # an end token, and the one that the model prepends
+            ids = [torch.tensor(self.enc.encode(text)[:longest] + self.enc.end_ids[:1]) for text in texts]
             ids = pad_sequence(ids, batch_first=True, padding_value=-1)
-            return list(model.text_embeds(ids.to(self.dist_env.device)).float().cpu())
+            return list(self.model.text_embeds(ids.to(self.device)).float().cpu())
 
         image_embeds = torch.stack(self.map(embed_images, examples))                     # (N, K, D)
         text_embeds = torch.stack(self.map(embed_captions, captions))                    # (M, D)
@@ -468,14 +409,12 @@ class Evaluation:
         table = []
         own_image = image_index.tolist()
         for caption, i, column in zip(captions, own_image, scores.T):                    # (N)
+            rank = 1 + int((scores[i] > column[i]).sum())
             table.append({'image': image_names(examples[i]), 'caption': caption, 'cosine': f'{column[i]:.4f}',
-                          'rank': 1 + int((scores[i] > column[i]).sum()),
-                          'nearest': captions[scores[i].argmax()]})
-        sheet = None
-        if self.dist_env.rank == 0:
-            images = [load_image(e['images'][0]) for e in examples[:8]]
-            shown = [own_image.index(i) for i in range(len(images))]  # a caption of each
-            sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
+                          'rank': rank, 'nearest': captions[scores[i].argmax()]})
+        images = [load_image(e['images'][0]) for e in examples[:8]]
+        shown = [own_image.index(i) for i in range(len(images))]  # a caption of each
+        sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
         return result, sheet, table
 
 
@@ -487,32 +426,26 @@ def map_across_ranks(work, items, size, dist_env):
     if dist_env.ddp:
         shares = [None] * dist_env.world_size
         dist.all_gather_object(shares, results)
-        results = {i: share[i] for share in shares for i in share}
+        results = ChainMap(*shares)
     return [result for i in sorted(results) for result in results[i]]
 
 
 def blank(examples):
     """The examples with white images of the same sizes."""
-    whiten = lambda source: Image.new('RGB', load_image(source).size, 'white')
-    return [{**e, 'images': list(map(whiten, e.get('images') or []))} for e in examples]
+    return [{**e, 'images': [Image.new('RGB', load_image(source).size, 'white') for source in e['images']]}
+            for e in examples]
 
 
 def shuffled(examples):
     """The examples with the images of others: image j becomes image j + M/2 of all M."""
-    images = [source for e in examples for source in e.get('images') or []]
-    images = iter(images[len(images) // 2:] + images[:len(images) // 2])
-    return [{**e, 'images': [next(images) for _ in e.get('images') or []]} for e in examples]
+    images = deque(source for e in examples for source in e['images'])
+    images.rotate(-(len(images) // 2))
+    return [{**e, 'images': [images.popleft() for _ in e['images']]} for e in examples]
 
 
 def without_image(examples):
     """The examples with nothing in place of the images."""
     return [{**e, 'images': [], 'filling': ''} for e in examples]
-
-
-def is_question(example):
-    """Whether it has an answer to be scored: a conversation, or images with a caption after the last one."""
-    has_caption = example.get('images') and 'infix' not in example and reference(example).strip()
-    return 'messages' in example or bool(has_caption)
 
 
 def question(example):
@@ -523,7 +456,7 @@ def question(example):
 
 
 def image_names(example):
-    return ' '.join(source if isinstance(source, str) else 'drawn' for source in example.get('images') or [])
+    return ' '.join(source if isinstance(source, str) else 'drawn' for source in example['images'])
 
 
 def answer_caption(example, prediction):
@@ -538,18 +471,18 @@ def answer_caption(example, prediction):
 # the script
 
 # what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
-DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12, seed=1337,
-                augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto')
-ONE_PROCESS = dict(rank=0, world_size=1, ddp=False)
+DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12,
+                seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto')
+ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
 
 
 def newest_run():
     """The folder under out/ with the newest checkpoint. Raises ValueError if there is none."""
-    paths = glob.glob(f'out/**/{checkpoint}', recursive=True)
-    if not paths:
+    newest = max(glob.glob(f'out/**/{checkpoint}', recursive=True), key=os.path.getmtime, default='')
+    if not newest:
         raise ValueError('no checkpoint under out/: train one first (torchrun train.py '
                          'config/quickstart.py), or name one with --out_dir or --init_from')
-    folder = os.path.dirname(max(paths, key=os.path.getmtime))
+    folder = os.path.dirname(newest)
     log(f'{folder}: newest run')
     return folder
 
@@ -558,13 +491,13 @@ def load():
     """The model in eval mode on the device, its tokenizer, the knobs that it was trained with, autocast."""
     source = os.path.join(out_dir, checkpoint) if init_from == 'resume' else init_from
     state = read_weights(source)
-    overrides = {'dropout': 0.0}
+    overrides = {}
     if vision_encoder:
         overrides['vision_encoder'] = vision_encoder
     if state['model_args'].get('lora_scope') != 'image':
         overrides['lora_rank'] = 0  # merges the updates: the same answers, faster
     model = build_model(state, source, **overrides)
-    config = SimpleNamespace(**{**DEFAULTS, **state['config']})
+    config = SimpleNamespace(**DEFAULTS | state['config'])
     enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt)
     config.chat = state.get('chat', enc.has_chat_template)
     n_ids = max(enc.n_text, 1 + max(enc.end_ids))
@@ -583,41 +516,28 @@ def load():
     return model, enc, config, torch.autocast(device_type, precision, enabled=precision != torch.float32)
 
 
-def generation_knobs():
-    """The keyword arguments of model.generate."""
-    return dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-
-
 def prompt_example(text, images, as_chat):
     """The prompt as an example. Without <image> in it, images come first in a turn, and last in a text."""
-    if images and IMAGE not in text:
-        text = (IMAGE + '\n') * len(images) + text if as_chat else text + IMAGE * len(images)
-    if as_chat:
-        return {'messages': [{'role': 'user', 'content': text.strip()}], 'images': images}
-    return {'text': text, 'images': images}
+    n_marks = 0 if IMAGE in text else len(images)
+    if not as_chat:
+        return {'text': text + n_marks * IMAGE, 'images': images}
+    content = n_marks * (IMAGE + '\n') + text
+    return {'messages': [{'role': 'user', 'content': content.strip()}], 'images': images}
 
 
-def print_answer(model, enc, example, prefix=''):
+def print_answer(respond, example, prefix=''):
     """Prints the answer to the example and returns it; with --logprobs marked, and the mean to stderr."""
-    (text, mean, marked), = answer(model, enc, [example], return_logprobs=True, **generation_knobs())
+    (text, mean, marked), = respond([example])
     print(prefix + (marked if logprobs else text), flush=True)
     if logprobs:
         log(f'mean log-probability of a token: {mean:.3f} nats')
     return text
 
 
-def ask(model, enc, as_chat):
-    """Prints num_samples answers to the prompt."""
-    example = prompt_example(prompt, image, as_chat)
-    for i in range(num_samples):
-        if i:
-            print('---------------')
-        print_answer(model, enc, example, '' if as_chat else prompt)
-
-
-def chat_loop(model, enc):
+def chat_loop(respond):
     """Reads turns from stdin and answers each, given all turns before it."""
-    images, messages = list(map(load_image, image)), []
+    images = list(map(load_image, image))
+    messages = []
     log(f'{len(images)} image(s); an empty line or Ctrl-D ends the conversation')
     while True:
         print('> ', end='', file=sys.stderr, flush=True)
@@ -625,32 +545,29 @@ def chat_loop(model, enc):
         if not line:
             return
         messages += prompt_example(line, [] if messages else images, True)['messages']
-        text = print_answer(model, enc, {'messages': messages, 'images': images})
+        text = print_answer(respond, {'messages': messages, 'images': images})
         messages.append({'role': 'assistant', 'content': text})
 
 
-def caption_folder(model, enc, config, as_chat):
-    """Asks the prompt about every image of a folder: captions.csv and captions.png in out_dir."""
+def caption_folder(respond, size, as_chat):
+    """The prompt's answers to the images of a folder, `size` at a time: captions.csv and .png in out_dir."""
     folder, = image
-    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names if name[0] != '.']
-    examples = []
-    for path in sorted(paths):
+    paths = []
+    for path in sorted(str(path) for path in Path(folder).rglob('[!.]*') if not path.is_dir()):
         problem = image_error(path)
         if problem:
             log(f'skipped {path}: {problem}')
         else:
-            examples.append(prompt_example(prompt, [path], as_chat))
-    if not examples:
+            paths.append(path)
+    if not paths:
         raise ValueError(f'no image in {folder}')
-    work = lambda rows: answer(model, enc, rows, return_logprobs=True, **generation_knobs())
-    answers = map_across_ranks(work, examples, config.batch_size, SimpleNamespace(**ONE_PROCESS))
+    work = lambda batch: respond([prompt_example(prompt, [path], as_chat) for path in batch])
     table = []
-    for example, (text, mean, marked) in zip(examples, answers):
-        name = os.path.relpath(example['images'][0], folder)
-        table.append({'image': name, 'caption': text, 'logprob': f'{mean:.4f}', 'marked': marked})
-    images = [load_image(e['images'][0]) for e in examples[:64]]
+    for path, (text, mean, marked) in zip(paths, map_across_ranks(work, paths, size, ONE_PROCESS)):
+        table.append({'image': os.path.relpath(path, folder), 'caption': text, 'logprob': f'{mean:.4f}',
+                      'marked': marked})
     captions = [row['marked' if logprobs else 'caption'] for row in table[:64]]
-    write_results('captions', table, render.contact_sheet(images, captions))
+    write_results('captions', table, render.contact_sheet(list(map(load_image, paths[:64])), captions))
 
 
 def evaluate(model, enc, config, autocast):
@@ -661,11 +578,9 @@ def evaluate(model, enc, config, autocast):
         config.tasks = 'text'
     config.dataset = eval
     config.eval_samples = eval_samples
-    dist_env = SimpleNamespace(**ONE_PROCESS, device=next(model.parameters()).device)
-    held_out = None
-    if eval.endswith('.jsonl') and os.path.isfile(eval):
-        held_out = Examples(FileRows(eval), config, seed=0, shuffle=False)
-    evaluation = Evaluation(config, enc, model, dist_env, held_out=held_out)
+    is_file = eval.endswith('.jsonl') and os.path.isfile(eval)
+    held_out = Examples(FileRows(eval), config, seed=0, shuffle=False) if is_file else None
+    evaluation = Evaluation(config, enc, model, ONE_PROCESS, held_out=held_out)
     result, sheet, table = evaluation.run(model, autocast)
     write_results('eval', table, sheet)
     print(json.dumps(result))
@@ -690,20 +605,20 @@ def export_model(model, enc, config):
     Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the
     files of its tokenizer; glimpse.safetensors, the whole model, which --checkpoint and --init_from read.
     """
-    folder = Path(export)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f'--export={export} is not empty: name a new folder')
     settings, text_weights = to_hugging_face(model)
     settings['eos_token_id'] = enc.end_ids
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'config.json').write_text(json.dumps(settings, indent=2), encoding='utf-8')
+    folder = Path(export)
+    os.makedirs(folder, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f'--export={export} is not empty: name a new folder')
+    (folder / 'config.json').write_text(json.dumps(settings, indent=2))
     save_file(text_weights, folder / 'model.safetensors', metadata={'format': 'pt'})
     # a frozen encoder is written too, so that no other file is needed; tied weights are written once
     weights = {name: p.contiguous() for name, p in model.state_dict().items()}
     if model.config.tie_weights:
         del weights['lm_head.weight']
-    knobs = {**vars(config), 'tokenizer': enc.name}
-    about = {'model_args': vars(model.config), 'config': knobs, 'chat': config.chat}
+    config.tokenizer = enc.name
+    about = {'model_args': vars(model.config), 'config': vars(config), 'chat': config.chat}
     save_file(weights, folder / 'glimpse.safetensors', metadata={'glimpse': json.dumps(about)})
     for path in enc.files:
         shutil.copy(path, folder)
@@ -735,15 +650,22 @@ def main():
     if image and not model.config.vision_encoder:
         raise ValueError(f'{name} is text-only: it was trained without a vision_encoder')
     torch.manual_seed(seed)
+    # examples -> [(answer, mean log-probability, marked answer)]
+    respond = partial(answer, model, enc, return_logprobs=True, max_new_tokens=max_new_tokens,
+                      temperature=temperature, top_k=top_k, top_p=top_p)
     with autocast:
         if export:
             export_model(model, enc, config)
         elif len(image) == 1 and os.path.isdir(image[0]):
-            caption_folder(model, enc, config, as_chat)
+            caption_folder(respond, config.batch_size, as_chat)
         elif interactive:
-            chat_loop(model, enc)
+            chat_loop(respond)
         else:
-            ask(model, enc, as_chat)
+            example = prompt_example(prompt, image, as_chat)
+            for i in range(num_samples):
+                if i:
+                    print('---------------')
+                print_answer(respond, example, '' if as_chat else prompt)
 
 
 if __name__ == '__main__':

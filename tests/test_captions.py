@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -15,8 +16,9 @@ from conftest import inside, refused, train
 from PIL import Image
 
 import prepare_data
+import sample
 from prepare_data import augment_image, is_held_out, load_image, open_rows
-from sample import caption_words, cider_d, score_captions
+from sample import caption_words, score_captions
 
 
 def image_bytes(color, image_format='JPEG', size=(40, 30)):
@@ -225,7 +227,16 @@ def test_bleu_rouge_and_cider_are_pycocoevalcaps():
     assert found == pytest.approx(PYCOCOEVALCAP, abs=1e-6)
 
 
-def test_answers_to_held_out_captions_are_scored_as_captions(folder):
+def test_without_pycocoevalcap_its_scores_are_left_out(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'pycocoevalcap.bleu.bleu', None)  # its import raises ImportError
+    sample.log_once.cache_clear()
+    for _ in range(2):
+        assert score_captions(['a cat'], [{'references': ['a cat', 'the cat']}]) == {}
+    out, err = capsys.readouterr()
+    assert out == '' and err.count("pip install 'glimpse[captions]' adds them") == err.count('\n') == 1
+
+
+def test_answers_to_held_out_captions_are_scored_as_captions(folder, monkeypatch):
     (folder / 'data' / 'few').mkdir(parents=True)
     for part, references in (('train', {}), ('val', {'references': ['Red one.', 'A red thing.']})):
         rows = [{'text': '<image>Red one.', 'images': [f'{part}{i}.png'], **references} for i in range(3)]
@@ -239,6 +250,10 @@ def test_answers_to_held_out_captions_are_scored_as_captions(folder):
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
     assert found['exact'] == 1 and found['rouge_l'] == 1 and {'bleu4', 'cider_d'} <= set(found)
+    monkeypatch.setitem(sys.modules, 'pycocoevalcap.bleu.bleu', None)
+    process = inside('sample.py', '--out_dir=out', '--eval=few', '--max_new_tokens=12')
+    assert process.returncode == 0 and "'glimpse[captions]' adds them" in process.stderr, process.stderr
+    assert json.loads(process.stdout) == {k: v for k, v in found.items() if k not in PYCOCOEVALCAP}
 
 
 def test_scores_of_what_is_equal_and_of_what_has_nothing_in_common():
@@ -249,4 +264,6 @@ def test_scores_of_what_is_equal_and_of_what_has_nothing_in_common():
     assert other['bleu4'] < 1e-3 and other['rouge_l'] == other['cider_d'] == 0
     assert score_captions([''] * 50, [{'references': refs} for refs in references])['cider_d'] == 0
     assert caption_words("A man's cat, on  the (red) mat!") == ['a', "man's", 'cat', 'on', 'the', 'red', 'mat']
-    assert cider_d([['a']], [[['a']]]) == 0  # of one image alone every word is common
+    assert score_captions(['a'], [{'references': ['a']}])['cider_d'] == 0  # of one image alone every word is common
+    # references without words, of which pycocoevalcap's CIDEr-D alone would fail, and its ROUGE-L reward no answer
+    assert max(score_captions(['', 'a'], [{'references': ['!!']}] * 2).values()) < 1e-6
