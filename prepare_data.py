@@ -20,7 +20,6 @@ An example is a JSON line, with image files next to it (drawn text has PIL image
 import contextlib
 import dataclasses
 import functools
-import glob
 import itertools
 import json
 import os
@@ -77,8 +76,8 @@ def open_rows(dataset, split):
     """
     if dataset == 'pydoc':
         return pydoc_rows(split)
-    files = {name: os.path.join(dataset_folder(dataset), f'{name}.jsonl') for name in ('train', 'val')}
-    if any(map(os.path.isfile, files.values())):
+    files = {side: dataset_folder(dataset) / f'{side}.jsonl' for side in ('train', 'val')}
+    if any(map(Path.is_file, files.values())):
         return FileRows(files[split])
     if not os.path.exists(dataset):
         command = dataset if dataset in COMMANDS else f'text --source=HUB_NAME_OR_FILE --name={dataset}'
@@ -94,23 +93,22 @@ def open_rows(dataset, split):
 
 
 def dataset_folder(dataset):
-    return dataset if os.path.isdir(dataset) else os.path.join('data', dataset)
+    return Path(dataset) if os.path.isdir(dataset) else Path('data', dataset)
 
 
 def list_files(path, endings=('.txt', '.jsonl', '.parquet')):
     """The files at or below a path that have one of the endings, sorted."""
-    files = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
-    files = [path] if os.path.isfile(path) else files
-    return sorted(file for file in files if file.lower().endswith(endings))
+    files = [Path(path), *Path(path).rglob('*')]
+    return sorted(file for file in files if file.name.lower().endswith(endings) and file.is_file())
 
 
 class FileRows:
     """The rows of a file, or those on one side, read when asked for. Their positions are memory-mapped."""
 
     def __init__(self, path, split=''):
-        self.path = path
+        self.path = Path(path)
         self.split = split
-        self.table = None if path.endswith('.jsonl') else open_table(path)
+        self.table = None if self.path.suffix == '.jsonl' else open_table(self.path)
         build = functools.partial(index_rows, split=split)
         self.positions = map_index(path, build, np.int64, f'{split}.index' if split else 'index')
         if not split and not len(self):
@@ -127,7 +125,7 @@ class FileRows:
                 row = json.loads(f.readline())
         else:
             row = self.table[position]
-        return to_example(row, os.path.dirname(self.path))
+        return to_example(row, self.path.parent)
 
     def __reduce__(self):  # a worker process maps the index itself
         return FileRows, (self.path, self.split)
@@ -135,24 +133,24 @@ class FileRows:
 
 def open_table(path):
     """The rows of a .txt or .parquet file by their number."""
-    if path.endswith('.txt'):
-        with open(path, encoding='utf-8', errors='replace') as f:
-            return [{'text': text} for text in split_paragraphs(f.read())]
+    if path.suffix == '.txt':
+        return [{'text': text} for text in split_paragraphs(path.read_text('utf-8', errors='replace'))]
     import datasets  # memory-maps what it reads; takes a second to import, so only here
     with explain_errors(f'{path} is not a parquet file that can be read', 'write it anew'):
-        return datasets.load_dataset('parquet', data_files=path, split='train')
+        return datasets.load_dataset('parquet', data_files=str(path), split='train')
 
 
 def scan_file(path):
     """Yields (position: byte offset or number, row, example) of each row with text. ValueError names a broken line."""
-    is_jsonl = path.endswith('.jsonl')
+    path = Path(path)
+    is_jsonl = path.suffix == '.jsonl'
     position = 0
     with open(path, 'rb') as f:
-        for number, row in enumerate(tqdm(f if is_jsonl else open_table(path), desc=path, unit='row', delay=5), 1):
+        for number, row in enumerate(tqdm(f if is_jsonl else open_table(path), desc=path.name, unit='row', delay=5), 1):
             size = len(row) if is_jsonl else 1
             try:
                 row = json.loads(row.strip() or '{"text": ""}') if is_jsonl else row
-                example = to_example(row, os.path.dirname(path))
+                example = to_example(row, path.parent)
             except json.JSONDecodeError as error:
                 raise ValueError(f'{path}, line {number} is not JSON ({error}): correct or delete that line') from error
             except ValueError as error:
@@ -597,23 +595,24 @@ def read_words(path):
 
 def read_hugging_face(name, system_prompt):
     """The HuggingFaceTokenizer of a tokenizer.json, of a folder with it or of OWNER/NAME on the hub."""
-    folder = name
+    folder = Path(name)
     file_names = ['tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']
-    if name.endswith('.json'):
-        folder, file_names[0] = os.path.split(name)
-    elif not os.path.isdir(name):
+    if folder.suffix == '.json':
+        file_names[0] = folder.name
+        folder = folder.parent
+    elif not folder.is_dir():
         with explain_errors(f'{name}: it is not in the cache and cannot be downloaded', 'connect once, or name a folder'):
-            folder = huggingface_hub.snapshot_download(name, allow_patterns=file_names)
-    files = [os.path.join(folder, file_name) for file_name in file_names]
-    if not os.path.isfile(files[0]):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=file_names))
+    files = [folder / file_name for file_name in file_names]
+    if not files[0].is_file():
         raise ValueError(f'{name} has no tokenizer.json: name another tokenizer, such as --tokenizer=gpt2')
-    files = tuple(filter(os.path.isfile, files))
+    files = tuple(filter(Path.is_file, files))
     config = {}
     with explain_errors(f'{name}: its tokenizer.json or chat template cannot be read', 'download it again'):
         for path in files[1:]:
-            with open(path, encoding='utf-8') as f:
-                config |= {'chat_template': f.read()} if path.endswith('.jinja') else json.load(f)
-        backend = tokenizers.Tokenizer.from_file(files[0])
+            text = path.read_text('utf-8')
+            config |= {'chat_template': text} if path.suffix == '.jinja' else json.loads(text)
+        backend = tokenizers.Tokenizer.from_file(str(files[0]))
     template = config.get('chat_template') or ''
     if isinstance(template, list):
         template = {entry['name']: entry['template'] for entry in template}.get('default', '')
@@ -830,17 +829,17 @@ class FeatureCache:
     def __init__(self, dataset, config, fingerprint):
         made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, vision.cell_size(config)]
         self.root = dataset_folder(dataset)
-        self.folder = os.path.join(self.root, f'features-{hash64(json.dumps(made_by)):016x}')
-        self.finished = os.path.join(self.folder, 'finished')  # an empty file, written last
+        self.folder = self.root / f'features-{hash64(json.dumps(made_by)):016x}'
+        self.finished = self.folder / 'finished'  # an empty file, written last
 
     @classmethod
     def find(cls, dataset, config, fingerprint):
         """The finished cache that fits the model, or None. Without published weights features change with every step."""
         cache = cls(dataset, config, fingerprint)
-        return cache if fingerprint and os.path.exists(cache.finished) else None
+        return cache if fingerprint and cache.finished.exists() else None
 
     def file_for(self, path):
-        return os.path.join(self.folder, f'{hash64(os.path.relpath(path, self.root)):016x}.safetensors')
+        return self.folder / f'{hash64(os.path.relpath(path, self.root)):016x}.safetensors'
 
     def __getitem__(self, path):
         try:
@@ -872,7 +871,7 @@ def store_features(
     device = device or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     model = vision.Vision(config).to(device).eval().requires_grad_(False)
     cache = FeatureCache(dataset, config, model.encoder.fingerprint)
-    os.makedirs(cache.folder, exist_ok=True)
+    cache.folder.mkdir(exist_ok=True)
 
     def compute(paths):
         images = [vision.preprocess(image, config) for image in pool.map(load_image, paths)]
@@ -887,7 +886,7 @@ def store_features(
               f'{free:.1f} GB are free', file=sys.stderr)
         if needed > free:
             raise ValueError(f'{needed:.1f} GB do not fit into {free:.1f} GB: make room, or pool (--connector=pool)')
-        paths = [path for path in paths if not os.path.exists(cache.file_for(path))]
+        paths = [path for path in paths if not cache.file_for(path).exists()]
         for i in tqdm(range(0, len(paths), batch_size), unit='batch'):
             batch = paths[i:i + batch_size]
             for path, features in zip(batch, compute(batch)):
@@ -896,7 +895,7 @@ def store_features(
                 half = half if half.isfinite().all() else features.bfloat16()
                 safetensors.torch.save_file({'features': half}, f'{file}.part')
                 os.replace(f'{file}.part', file)
-    Path(cache.finished).touch()
+    cache.finished.touch()
 
 
 # -----------------------------------------------------------------------------
@@ -908,10 +907,9 @@ def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
     raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl. Called again with the same source,
     max_examples, val_every and work, it continues where it was. Raises ValueError if a side is empty.
     """
-    folder = os.path.join('data', name)
-    os.makedirs(folder, exist_ok=True)
-    paths = {file: os.path.join(folder, f'{file}.jsonl') for file in ('train', 'val', 'skipped')}
-    progress = os.path.join(folder, f'progress-{hash64(json.dumps([source, max_examples, val_every, *work])):x}')
+    folder = Path('data', name)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = folder / f'progress-{hash64(json.dumps([source, max_examples, val_every, *work])):x}'
     rows = enumerate(itertools.islice(rows, max_examples or None))
     to_lines = functools.partial(convert_row, convert=convert, val_every=val_every)
     try:
@@ -926,24 +924,25 @@ def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
                 for lines in pool.map(to_lines, chunk):
                     f.write(json.dumps(lines).encode() + b'\n')
         counts = Counter()
-        for file, path in paths.items():
-            with open(progress, encoding='utf-8') as f, open(f'{path}.part', 'w', encoding='utf-8') as part:
-                for side, row in itertools.chain.from_iterable(map(json.loads, f)):
-                    if side == file:
+        sides = ('train', 'val', 'skipped')
+        for side in sides:
+            with open(progress, encoding='utf-8') as f, open(folder / f'{side}.jsonl.part', 'w', encoding='utf-8') as part:
+                for row_side, row in itertools.chain.from_iterable(map(json.loads, f)):
+                    if row_side == side:
                         print(json.dumps(row, ensure_ascii=False), file=part)
-                        counts[row.get('reason', file)] += 1
-        for reason in sorted(counts.keys() - paths.keys()):
+                        counts[row.get('reason', side)] += 1
+        for reason in sorted(set(counts) - set(sides)):
             print(f'skipped: {counts[reason]} rows, {reason}', file=sys.stderr)
         if not counts['train'] or not counts['val']:
             raise ValueError(f'of {counts.total()} rows in {source}, {counts["train"]} are left to train on and '
                              f'{counts["val"]} to hold out: {folder}/skipped.jsonl.part lists why, or --val_every is too large')
     except ValueError:  # what has to be corrected may concern every row
-        os.remove(progress)
+        progress.unlink()
         raise
-    for path in paths.values():
-        os.replace(f'{path}.part', path)
-    for path in glob.glob(os.path.join(folder, 'progress-*')):
-        os.remove(path)
+    for path in folder.glob('*.part'):
+        path.rename(path.with_suffix(''))
+    for path in folder.glob('progress-*'):
+        path.unlink()
     print(f'{folder}: {counts["train"]} examples to train on, {counts["val"]} held out', file=sys.stderr)
 
 
@@ -1008,8 +1007,8 @@ def prepare_shapes(
 
     No held-out image is in the training set. One example of twenty has no image, three have two. words.txt lists all words.
     """
-    folder = os.path.join('data', name)
-    os.makedirs(os.path.join(folder, 'images'), exist_ok=True)
+    folder = Path('data', name)
+    (folder / 'images').mkdir(parents=True, exist_ok=True)
 
     def convert(row):
         held_out = row['split'] == 'val'
@@ -1023,7 +1022,7 @@ def prepare_shapes(
         images, turns = render.shapes_example(random.Random(f'shapes {row["id"]}'), new_image, held_out)
         paths = [f'images/{row["id"]:06d}{letter}.png' for letter in 'ab'[:len(images)]]
         for shapes, path in zip(images, paths):
-            render.draw_shapes(shapes).save(os.path.join(folder, path))
+            render.draw_shapes(shapes).save(folder / path)
         messages = [{'role': role, 'content': text} for turn in turns for role, text in zip(('user', 'assistant'), turn)]
         example = {'messages': messages, 'images': paths}
         place_images(example, len(paths))
@@ -1033,8 +1032,7 @@ def prepare_shapes(
     write_dataset(name, rows, convert, 'shapes', max_examples, VAL_EVERY)
     rows = itertools.chain(open_rows(folder, 'train'), open_rows(folder, 'val'))
     contents = ' '.join(message['content'] for row in rows for message in row['messages'])
-    with open(os.path.join(folder, 'words.txt'), 'w', encoding='utf-8') as f:
-        f.write('\n'.join(sorted(set(re.findall('[A-Za-z]+', contents)))) + '\n')
+    (folder / 'words.txt').write_text('\n'.join(sorted(set(re.findall('[A-Za-z]+', contents)))) + '\n')
 
 
 def prepare_llava(
@@ -1136,20 +1134,20 @@ def prepare_coco(
     if not source or not image_dir:
         raise ValueError('expected --source=FOLDER with captions_train2017.json and captions_val2017.json, and '
                          '--image_dir=FOLDER with train2017.zip and val2017.zip of http://images.cocodataset.org')
+    files = [('', source, image_dir)]
+    if os.path.isdir(source):
+        files = [(split, f'{source}/captions_{split}2017.json', f'{image_dir}/{split}2017') for split in ('train', 'val')]
     rows = []
-    for split in ('train', 'val') if os.path.isdir(source) else ('',):
-        path = os.path.join(source, f'captions_{split}2017.json') if split else source
-        images = os.path.join(image_dir, f'{split}2017') if split else image_dir
+    for split, path, images in files:
         images = find_images(images if os.path.exists(images) else f'{images}.zip')
         with explain_errors(f'{path} does not exist, or is not a captions file as COCO publishes them', 'unpack it anew'):
-            with open(path, encoding='utf-8') as f:
-                file = json.load(f)
+            file = json.loads(Path(path).read_bytes())
             captions = defaultdict(list)
             for annotation in file['annotations']:
                 captions[annotation['image_id']].append(annotation['caption'])
             names = {image['id']: image['file_name'] for image in file['images'] if image['id'] in captions}
-        rows += [{'image': name, 'path': os.path.join(images, name), 'captions': captions[i], 'split': split}
-                 for i, name in names.items()]
+        rows += [{'image': image, 'path': f'{images}/{image}', 'captions': captions[i], 'split': split}
+                 for i, image in names.items()]
     write_dataset(name, rows, to_caption_example, source, max_examples, val_every, image_dir)
 
 
@@ -1166,9 +1164,9 @@ def prepare_cc3m(
     img2dataset writes as files: 00000/000000000.jpg with .txt next to it. Images stay where they are, those in a .tar too.
     """
     repository = source or 'pixparse/cc3m-wds'
-    roots = list_files(source, ('.tar', '.tar.gz', '.tgz'))
-    if os.path.isdir(source):
-        roots = roots or [source]
+    roots = list_files(repository, ('.tar', '.tar.gz', '.tgz'))
+    if os.path.isdir(repository):
+        roots = roots or [repository]
     if not roots and repository.count('/') != 1:
         raise ValueError(f'{repository} is neither a folder, a .tar, nor OWNER/NAME on the hub')
     if not roots:
@@ -1183,7 +1181,7 @@ def sample_rows(root):
     """The images with captions in a .tar or folder: the files of a sample share their name up to the first dot."""
     endings = ('.jpg', '.jpeg', '.png', '.webp')
     if os.path.isdir(root):
-        names = [os.path.relpath(path, root) for path in list_files(root, (*endings, '.txt'))]
+        names = [str(path.relative_to(root)) for path in list_files(root, (*endings, '.txt'))]
     else:
         map_members(root)  # here, in one thread; ValueError if the file is broken
         with tarfile.open(root) as tar:
@@ -1193,10 +1191,9 @@ def sample_rows(root):
         image = next((files[ending] for ending in endings if ending in files), '')
         captions = []
         if '.txt' in files:
-            captions.append(read_bytes(os.path.join(root, files['.txt'])).decode(errors='replace'))
+            captions.append(read_bytes(f'{root}/{files[".txt"]}').decode(errors='replace'))
         if image:
-            path = os.path.abspath(os.path.join(root, image))
-            yield {'image': os.path.join(os.path.basename(root), image), 'captions': captions, 'path': path}
+            yield {'image': f'{Path(root).name}/{image}', 'captions': captions, 'path': os.path.abspath(f'{root}/{image}')}
 
 
 # -----------------------------------------------------------------------------
