@@ -411,13 +411,6 @@ class Examples:
         return example
 
 
-def held_out_examples(dataset, config, tasks):
-    """The examples of a dataset's held-out rows, in their order. No line drawn from pydoc's occurs in its training text."""
-    texts = [row['text'] for row in open_rows(dataset, 'train')] if dataset == 'pydoc' else []
-    exclude = '\n'.join(' '.join(text.split()) for text in texts)
-    return Examples(open_rows(dataset, 'val'), config, seed=0, tasks=tasks, shuffle=False, exclude=exclude)
-
-
 # -----------------------------------------------------------------------------
 # tokenizers
 
@@ -765,18 +758,6 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
         return {'idx': ids, 'targets': [-1] * len(ids), 'images': images}
     targets = [token if is_target else -1 for token, is_target in zip(ids[1:], in_loss[1:])]
     return {'idx': ids[:-1], 'targets': targets, 'images': images}
-
-
-def reference(example):
-    """What the model should have answered: the last message's text, or the text after the last image."""
-    if 'messages' in example:
-        return example['messages'][-1]['content'].strip()
-    return example['text'].rpartition(IMAGE)[2]
-
-
-def until_end(tokenizer, ids):
-    """The ids before the first one that ends an answer or a text."""
-    return next((ids[:n] for n, token in enumerate(ids) if token in tokenizer.end_ids), ids)
 
 
 def collate(examples, config):

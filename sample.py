@@ -39,9 +39,8 @@ from tqdm import tqdm
 import render
 from configurator import configure, run
 from model import build_model, read_weights, to_hugging_face
-from prepare_data import (ASSISTANT, IMAGE, Examples, FileRows, collate, get_tokenizer, held_out_examples,
-                          image_error, load_image, open_rows, reference, tokenize, until_end)
-from vision import QFormerPretraining
+from prepare_data import ASSISTANT, IMAGE, Examples, FileRows, collate, get_tokenizer, open_rows, tokenize
+from vision import QFormerPretraining, image_error, load_image
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'     # out_dir's checkpoint; or, as in train.py, a checkpoint's path or a published model
@@ -122,6 +121,11 @@ def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=
             text = text, sum(p) / max(1, len(p)), mark_low_confidence(enc, ids, p)
         answers.append(text)
     return answers
+
+
+def until_end(enc, ids):
+    """The ids before the first one that ends an answer or a text."""
+    return list(itertools.takewhile(lambda token: token not in enc.end_ids, ids))
 
 
 def mark_low_confidence(enc, ids, token_logprobs):
@@ -233,6 +237,13 @@ def mean_cosine(image_embeds):
 
 # -----------------------------------------------------------------------------
 # evaluation: the model must prove that it uses the image
+
+def held_out_examples(dataset, config, tasks):
+    """A dataset's held-out examples, in their order. No line drawn from pydoc's occurs in its training text."""
+    texts = [row['text'] for row in open_rows(dataset, 'train')] if dataset == 'pydoc' else []
+    exclude = '\n'.join(' '.join(text.split()) for text in texts)
+    return Examples(open_rows(dataset, 'val'), config, seed=0, tasks=tasks, shuffle=False, exclude=exclude)
+
 
 class Evaluation:
     """
@@ -446,6 +457,13 @@ def shuffled(examples):
 def without_image(examples):
     """The examples with nothing in place of the images."""
     return [{**e, 'images': [], 'filling': ''} for e in examples]
+
+
+def reference(example):
+    """What the model should have answered: the last message's text, or the text after the last image."""
+    if 'messages' in example:
+        return example['messages'][-1]['content'].strip()
+    return example['text'].rpartition(IMAGE)[2]
 
 
 def question(example):

@@ -17,8 +17,9 @@ from PIL import Image
 
 import prepare_data
 import sample
-from prepare_data import augment_image, is_held_out, load_image, open_rows
+from prepare_data import is_held_out, open_rows
 from sample import caption_words, score_captions
+from vision import augment_image, load_image
 
 
 def image_bytes(color, image_format='JPEG', size=(40, 30)):

@@ -14,7 +14,7 @@ from PIL import Image, JpegImagePlugin
 
 import prepare_data
 from prepare_data import IMAGE, FileRows, get_tokenizer, is_held_out, json_rows, tokenize
-from vision import VisionConfig
+from vision import VisionConfig, load_image
 
 
 def turns(*texts):
@@ -110,7 +110,7 @@ def test_a_zip_or_tar_is_read_without_unpacking_with_or_without_a_folder_in_it(u
         assert sorted(map(str, (r['messages'] for r in read('packed')))) == sorted(map(str, expected))
         shutil.move('images', 'unpacked')
         rows = FileRows('data/packed/train.jsonl')
-        assert any(prepare_data.load_image(path).size == (30, 20) for row in rows for path in row['images'])
+        assert any(load_image(path).size == (30, 20) for row in rows for path in row['images'])
         shutil.move('unpacked', 'images')
 
 

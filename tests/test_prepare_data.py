@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from prepare_data import (ASSISTANT, END, IMAGE, USER, Batches, collate, get_tokenizer, reference, segments, tokenize,
-                          until_end)
+from prepare_data import ASSISTANT, END, IMAGE, USER, Batches, collate, get_tokenizer, segments, tokenize
+from sample import reference, until_end
 
 BYTES = get_tokenizer('bytes')
 CONFIG = tiny_config(block_size=200, image_token=BYTES.image_id)

@@ -23,8 +23,9 @@ from PIL import Image, ImageOps
 import prepare_data
 import render
 import vision
-from prepare_data import (IMAGE, Examples, FileRows, hash64, held_out_examples, image_error, is_held_out, load_image, open_rows,
-                          parse_tasks, read_bytes, shuffled_index, to_example)
+from prepare_data import IMAGE, Examples, FileRows, is_held_out, open_rows, parse_tasks, shuffled_index, to_example
+from sample import held_out_examples
+from vision import hash64, image_error, load_image, read_bytes
 
 KNOBS = SimpleNamespace(tasks='ocr:1', one_line=True, font='', font_min=6, font_max=60, image_width=256, image_height=16,
                         min_chars=16, max_chars=32, min_span=60, max_span=120, infix_min=0.1, infix_max=0.4, distort=0.0,
