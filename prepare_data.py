@@ -287,47 +287,12 @@ def shuffled_index(i, n, key):
 # plain text becomes examples. A task is (text, rng, config, length_scale) -> example; config holds train.py's knobs,
 # length_scale in (0, 1] is the length of the drawn text while a run with length_warmup begins
 
-def text_span(text, rng, min_chars, max_chars):
-    """A random span of min_chars to max_chars characters of the text, at word boundaries if there are any."""
-    length = rng.randint(min_chars, max_chars)
-    if len(text) <= length:
-        return text.strip()
-    start = rng.randrange(len(text) - length + 1)
-    while start and not text[start - 1].isspace():
-        start -= 1  # back to the beginning of the word
-    end = start + length
-    if end < len(text) and not text[end].isspace():
-        cut = max(text.rfind(' ', start, end), text.rfind('\n', start, end))
-        end = cut if cut - start >= min_chars else end
-    while len(text[start:end].strip()) < min_chars and end < len(text):
-        end += 1
-    return text[start:end].strip()
-
-
-def render_text(text, rng, config):
-    """The text, shortened until it fits into the config's box, and its image; ('', None) if the font has no glyph of it."""
-    font = rng.choice(render.list_fonts(config.font))
-    text = render.strip_unsupported(text, font)
-    text = ' '.join(text.split()) if config.one_line else text
-    augmentation = render.augmentation(rng, config.distort)
-    if not text.strip():
-        return '', None
-    while True:
-        try:
-            return text, render.draw(text, config.image_width, config.image_height, font, trim=config.one_line,
-                                     min_size=config.font_min, max_size=config.font_max, **augmentation)
-        except render.DoesNotFit:
-            if len(text) < 2:
-                raise
-            text = text[:len(text) * 7 // 8].rstrip()
-
-
 def ocr(text, rng, config, length_scale=1.0):
     """An image of a span of text -> the span."""
     max_chars = max(2, round(config.max_chars * length_scale))
     min_chars = min(config.min_chars, 1 + max_chars // 2)
-    span = text_span(' '.join(text.split()) if config.one_line else text, rng, min_chars, max_chars)
-    span, image = render_text(span, rng, config)
+    span = render.text_span(' '.join(text.split()) if config.one_line else text, rng, min_chars, max_chars)
+    span, image = render.render_text(span, rng, config)
     if not span:  # the font can draw nothing of it: it stays text
         return {'text': text}
     messages = [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}]
@@ -336,11 +301,11 @@ def ocr(text, rng, config, length_scale=1.0):
 
 def continuation(text, rng, config, length_scale=1.0):
     """Text with an image in place of its middle, the "infix" -> the text after it: text-only VLM pretraining."""
-    words = re.findall(r'\s*\S+', text_span(text, rng, config.min_span, config.max_span))
+    words = re.findall(r'\s*\S+', render.text_span(text, rng, config.min_span, config.max_span))
     if len(words) < 3:  # too short to be split: it stays text
         return {'text': text}
     prefix, infix, postfix = map(''.join, render.split(words, rng, config.infix_min, config.infix_max))
-    drawn, image = render_text(infix.strip(), rng, config)
+    drawn, image = render.render_text(infix.strip(), rng, config)
     if not drawn:
         return {'text': text}
     if infix.split() != drawn.split():  # shortened to fit, or glyphs are missing
@@ -350,7 +315,7 @@ def continuation(text, rng, config, length_scale=1.0):
 
 def plain_text(text, rng, config, length_scale=1.0):
     """A span of text as text, so that the model does not forget language."""
-    return {'text': text_span(text, rng, config.min_span, config.max_span)}
+    return {'text': render.text_span(text, rng, config.min_span, config.max_span)}
 
 
 TASKS = {'ocr': ocr, 'continuation': continuation, 'text': plain_text}
@@ -804,33 +769,6 @@ class Batches(torch.utils.data.Dataset):
 # -----------------------------------------------------------------------------
 # features of a frozen encoder, computed once
 
-class FeatureCache:
-    """cache[path] is (features float32 (L', C), grid (L', 2)). The folder's name is a hash of what the features depend on."""
-
-    def __init__(self, dataset, config, fingerprint):
-        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, vision.cell_size(config)]
-        self.root = dataset_folder(dataset)
-        self.folder = self.root / f'features-{hash64(json.dumps(made_by)):016x}'
-        self.finished = self.folder / 'finished'  # an empty file, written last
-
-    @classmethod
-    def find(cls, dataset, config, fingerprint):
-        """The finished cache that fits the model, or None. Without published weights features change with every step."""
-        cache = cls(dataset, config, fingerprint)
-        return cache if fingerprint and cache.finished.exists() else None
-
-    def file_for(self, path):
-        return self.folder / f'{hash64(os.path.relpath(path, self.root)):016x}.safetensors'
-
-    def __getitem__(self, path):
-        try:
-            features = safetensors.torch.load_file(self.file_for(path))['features'].float()
-        except FileNotFoundError:
-            raise ValueError(f'{path} is not among the features in {self.folder}: run "prepare_data.py features" again, '
-                             'or train with --feature_cache=False') from None
-        return features, torch.zeros(len(features), 2, dtype=torch.int64)
-
-
 def store_features(
     config: vision.VisionConfig,
     dataset='',
@@ -851,7 +789,7 @@ def store_features(
     config = vision.complete_config(config)
     device = device or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     model = vision.Vision(config).to(device).eval().requires_grad_(False)
-    cache = FeatureCache(dataset, config, model.encoder.fingerprint)
+    cache = vision.FeatureCache(dataset_folder(dataset), config, model.encoder.fingerprint)
     cache.folder.mkdir(exist_ok=True)
 
     def compute(paths):

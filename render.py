@@ -229,8 +229,46 @@ def augmentation(rng, strength=1.0):
     )
 
 
+def render_text(text, rng, config):
+    """
+    The text, shortened until it fits into the config's box, and its image, as train.py's knobs of images say;
+    ('', None) if the font has no glyph of it.
+    """
+    font = rng.choice(list_fonts(config.font))
+    text = strip_unsupported(text, font)
+    text = ' '.join(text.split()) if config.one_line else text
+    options = augmentation(rng, config.distort)
+    if not text.strip():
+        return '', None
+    while True:
+        try:
+            return text, draw(text, config.image_width, config.image_height, font, trim=config.one_line,
+                              min_size=config.font_min, max_size=config.font_max, **options)
+        except DoesNotFit:
+            if len(text) < 2:
+                raise
+            text = text[:len(text) * 7 // 8].rstrip()
+
+
 # -----------------------------------------------------------------------------
-# split: a list of tokens or a string -> prefix, infix, postfix
+# split: a text -> a span of it -> prefix, infix, postfix
+
+def text_span(text, rng, min_chars, max_chars):
+    """A random span of min_chars to max_chars characters of the text, at word boundaries if there are any."""
+    length = rng.randint(min_chars, max_chars)
+    if len(text) <= length:
+        return text.strip()
+    start = rng.randrange(len(text) - length + 1)
+    while start and not text[start - 1].isspace():
+        start -= 1  # back to the beginning of the word
+    end = start + length
+    if end < len(text) and not text[end].isspace():
+        cut = max(text.rfind(' ', start, end), text.rfind('\n', start, end))
+        end = cut if cut - start >= min_chars else end
+    while len(text[start:end].strip()) < min_chars and end < len(text):
+        end += 1
+    return text[start:end].strip()
+
 
 def split(span, rng, low=0.1, high=0.4):
     """

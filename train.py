@@ -32,9 +32,9 @@ from tqdm import tqdm
 from configurator import configure, knobs_of, run
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
-from prepare_data import Batches, Examples, FeatureCache, get_tokenizer, open_rows, parse_tasks
+from prepare_data import Batches, Examples, dataset_folder, get_tokenizer, open_rows, parse_tasks
 from sample import Evaluation, best_dtype, find_device, to_device
-from vision import VisionConfig, complete_config
+from vision import FeatureCache, VisionConfig, complete_config
 
 # -----------------------------------------------------------------------------
 # run
@@ -608,7 +608,7 @@ def main():
             p.data = p.data.to(getattr(torch, dist_env.dtype))
     cache = None
     if config.feature_cache and not config.augment:
-        cache = FeatureCache.find(config.dataset, raw_model.config, published_fingerprint(raw_model))
+        cache = FeatureCache.find(dataset_folder(config.dataset), raw_model.config, published_fingerprint(raw_model))
     if cache:
         print_once(f'using cached features from {cache.folder}')
     scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dist_env.dtype == 'float16')

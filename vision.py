@@ -50,6 +50,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageEnhance, ImageOps
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -886,6 +887,33 @@ class Vision(nn.Module):
         scale = rms / emb[valid].square().mean().sqrt()
         for p in self.connector.net[-1].parameters():
             p.mul_(scale)
+
+
+class FeatureCache:
+    """cache[path] is (features float32 (L', C), grid (L', 2)). The folder's name is a hash of what the features depend on."""
+
+    def __init__(self, root, config, fingerprint):
+        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, cell_size(config)]
+        self.root = Path(root)  # the dataset's folder
+        self.folder = self.root / f'features-{hash64(json.dumps(made_by)):016x}'
+        self.finished = self.folder / 'finished'  # an empty file, written last
+
+    @classmethod
+    def find(cls, root, config, fingerprint):
+        """The finished cache that fits the model, or None. Without published weights features change with every step."""
+        cache = cls(root, config, fingerprint)
+        return cache if fingerprint and cache.finished.exists() else None
+
+    def file_for(self, path):
+        return self.folder / f'{hash64(os.path.relpath(path, self.root)):016x}.safetensors'
+
+    def __getitem__(self, path):
+        try:
+            features = load_file(self.file_for(path))['features'].float()
+        except FileNotFoundError:
+            raise ValueError(f'{path} is not among the features in {self.folder}: run "prepare_data.py features" again, '
+                             'or train with --feature_cache=False') from None
+        return features, torch.zeros(len(features), 2, dtype=torch.int64)
 
 
 def group_parameters(model):

@@ -14,7 +14,6 @@ from conftest import ROOT, inside, make_model, optimizer_config, read_log, refus
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
-import prepare_data
 import vision
 from model import build_model, checkpoint_state, load_vision_from, published_fingerprint
 from train import configure_optimizers
@@ -466,7 +465,7 @@ def test_interrupted_feature_cache_is_continued_and_an_outdated_one_is_not_used(
     for file in files[5:]:
         file.unlink()
     Path(f'{files[5]}.part').write_bytes(whole[files[5]][:100])
-    assert prepare_data.FeatureCache.find(dataset, config, fingerprint) is None  # it is not complete
+    assert vision.FeatureCache.find(dataset, config, fingerprint) is None  # it is not complete
     files[0].write_bytes(b'stored before')
     process = inside('prepare_data.py', *words)
     assert process.returncode == 0, process.stderr
@@ -475,15 +474,15 @@ def test_interrupted_feature_cache_is_continued_and_an_outdated_one_is_not_used(
     assert set(folder.iterdir()) == set(whole)
     for file in files:  # a batch of another size may be rounded in another way
         torch.testing.assert_close(load_file(file)['features'], load(whole[file])['features'], atol=2e-3, rtol=2e-3)
-    cache = prepare_data.FeatureCache.find(dataset, config, fingerprint)
+    cache = vision.FeatureCache.find(dataset, config, fingerprint)
     features, grid = cache[str(tmp_path / 'data' / 'images' / '3.png')]
     assert features.shape == (16, 48) and len(grid) == 16
     with pytest.raises(ValueError, match='not among the features'):
         cache['new.png']
     for changes in ({'vision_layer': -1}, {'image_fit': 'crop'}, {'vision_cls': True}, {'connector': 'pool'}):
-        assert prepare_data.FeatureCache.find(dataset, dataclasses.replace(config, **changes), fingerprint) is None
-    assert prepare_data.FeatureCache.find(dataset, config, 'another') is None
-    assert prepare_data.FeatureCache.find(dataset, config, '') is None
+        assert vision.FeatureCache.find(dataset, dataclasses.replace(config, **changes), fingerprint) is None
+    assert vision.FeatureCache.find(dataset, config, 'another') is None
+    assert vision.FeatureCache.find(dataset, config, '') is None
 
 
 @pytest.mark.parametrize('extra, message', [
