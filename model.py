@@ -24,7 +24,8 @@ import json
 import math
 import os
 import pickle
-from dataclasses import dataclass, fields, replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -324,8 +325,8 @@ class GPT(nn.Module):
     def run_blocks(self, x, pos, lora_mask, caches=None, cache_pos=None, mask=None):
         """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one a layer, as in the attention."""
         rope = self.rope(pos)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, rope, lora_mask, None if caches is None else caches[i], cache_pos, mask)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
+            x = block(x, rope, lora_mask, cache, cache_pos, mask)
         return self.transformer.ln_f(x)
 
     def logits(self, idx, images=None):
@@ -370,55 +371,48 @@ class GPT(nn.Module):
         ValueError if a prompt alone needs more positions than block_size.
         """
         B, T = idx.shape
-        device = idx.device
-        lengths = torch.full((B,), T, device=device) if lengths is None else lengths
-        prompt_mask = torch.arange(T, device=device) < lengths[:, None]         # (B, T)
-        idx = idx.masked_fill(~prompt_mask, -1)
+        rows = torch.arange(B, device=idx.device)
+        lengths = torch.full_like(rows, T) if lengths is None else lengths
+        cache_pos = torch.arange(T, device=idx.device).expand(B, T)
+        idx = idx.masked_fill(cache_pos >= lengths[:, None], -1)
         x, pos = self.embed(idx, images)                                        # (B, T, C), (B, T)
         lora_mask = self.lora_mask(idx)
-        stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-        pad_id = int(stop_ids[0]) if len(stop_ids) else 0
-        rows = torch.arange(B, device=device)
         last = lengths - 1  # where each row's last token is in x
-        positions_left = self.config.block_size - 1 - pos[rows, last]           # (B,) after the prompt
-        steps = min(max_new_tokens, int(positions_left.max()))
-        S = T + steps
+        left = self.config.block_size - 1 - pos[rows, last]  # how many tokens each row may still get
+        left = left.clamp(max=max_new_tokens)                                   # (B,)
+        S = T + int(left.max())
+        slots = torch.arange(S, device=idx.device)
         caches = self.empty_cache(B, S)
-        cache_pos = torch.arange(T, device=device).expand(B, T)
-        out = F.pad(idx.masked_fill(~prompt_mask, pad_id), (0, steps), value=pad_id)  # (B, S)
-        logprobs = torch.zeros((B, S), device=device)
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        slots = torch.arange(S, device=device)
-        column = lengths - 1
-        for step in range(steps):
+        forbidden = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=idx.device)
+        if allowed is not None:
+            forbidden = ~allowed
+        if self.config.image_token >= 0:
+            forbidden[self.config.image_token] = True  # it stands for pixels, and there are none
+        pad_id = stop_ids[0] if len(stop_ids) else 0
+        stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=idx.device)
+        out = F.pad(idx.masked_fill(idx < 0, pad_id), (0, S - T), value=pad_id)  # (B, S)
+        logprobs = torch.zeros((B, S), device=idx.device)
+        while (left > 0).any():
             mask = slots <= cache_pos[:, None, :, None]                         # (B, 1, T or 1, S)
             x = self.run_blocks(x, pos, lora_mask, caches, cache_pos, mask)     # (B, T or 1, C)
-            logits = self.next_logits(x[rows, last], allowed)                   # (B, vocab_size)
+            logits = self.lm_head(x[rows, last]).float()                        # (B, vocab_size)
+            logits = logits.masked_fill(forbidden, -math.inf)
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
-            done = done | (step >= positions_left)
-            column = lengths + step                                             # (B,) of the new tokens
+            done = left <= 0
             if return_logprobs:
-                logprobs[rows, column] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
+                logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = new.masked_fill(done, pad_id)
-            out[rows, column] = new
-            done = done | torch.isin(new, stop_ids)
-            if done.all():
-                break
+            out[rows, lengths] = new
+            left = (left - 1).masked_fill(torch.isin(new, stop_ids), 0)
             # the new token is the next query: it comes after its own row's text, at the next position
-            cache_pos = column[:, None]                                         # (B, 1)
+            cache_pos = lengths[:, None]                                        # (B, 1)
+            lengths = lengths + 1
             lora_mask = None if lora_mask is None else lora_mask[:, -1:]        # (B, 1, 1)
             pos = (pos[rows, last, None] + 1).clamp(max=self.config.block_size - 1)  # (B, 1)
             x = self.add_position_embedding(self.transformer.wte(new[:, None]), pos)  # (B, 1, C)
             last = 0
-        end = int(column.max()) + 1
+        end = lengths.max()
         return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
-
-    def next_logits(self, x, allowed):
-        """The head's input (B, C) -> float32 logits (B, vocab_size), -inf for what must not be generated."""
-        logits = self.lm_head(x).float()
-        if self.config.image_token >= 0:
-            logits[:, self.config.image_token] = -math.inf  # it stands for pixels, and there are none
-        return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
 
     def empty_cache(self, batch_size, length):
         """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer."""
@@ -507,21 +501,23 @@ def read_weights(source):
     Raises ValueError in one sentence for what is none of these.
     """
     source = str(source)
-    if is_published(source):
-        checkpoint = read_published(source)
-    elif source.endswith('.safetensors'):
+    if source.endswith('.safetensors'):
         checkpoint = read_export(source)
-    else:
+    elif source.endswith('.pt') or os.path.isfile(source):
         checkpoint = read_checkpoint(source)
-    unknown = sorted(set(checkpoint['model_args']) - {f.name for f in fields(GPTConfig)})
+    else:
+        checkpoint = read_published(source)
+    checkpoint = {'config': {}, 'base_model': None, 'vision_fingerprint': '', **checkpoint}
+    args = checkpoint['model_args']
+    unknown = sorted(set(args) - set(vars(GPTConfig())))
     if unknown:
         raise ValueError(f'{source}: model_args has {", ".join(unknown)}, which this GPT does not know')
-    checkpoint['model'] = {strip_prefixes(name): p for name, p in checkpoint['model'].items()}
-    base_model = checkpoint.get('base_model')
-    if base_model:
-        base_state = read_base_model(source, base_model, checkpoint['model_args'])
-        checkpoint['model'] = {**base_state, **checkpoint['model']}
-    return {'config': {}, 'base_model': None, 'vision_fingerprint': '', **checkpoint}
+    state = {strip_prefixes(name): p for name, p in checkpoint['model'].items()}
+    if checkpoint['base_model']:
+        state = {**read_base_model(source, checkpoint['base_model'], args), **state}
+    if args.get('tie_weights', True) and 'transformer.wte.weight' in state:
+        state.setdefault('lm_head.weight', state['transformer.wte.weight'])  # some files hold it once
+    return {**checkpoint, 'model': state}
 
 
 def read_checkpoint(path):
@@ -545,12 +541,9 @@ def read_export(path):
     """The dict in a glimpse.safetensors that sample.py --export has written."""
     try:
         state, metadata = read_safetensors(path)
-        checkpoint = json.loads(metadata['glimpse'])
+        return {**json.loads(metadata['glimpse']), 'model': state}
     except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f'{path} cannot be read as a model that sample.py --export has written: {error}') from error
-    if checkpoint['model_args']['tie_weights']:
-        state['lm_head.weight'] = state['transformer.wte.weight']
-    return {**checkpoint, 'model': state}
 
 
 def read_base_model(path, base_model, args):
@@ -576,29 +569,30 @@ def build_model(checkpoint, source, **overrides):
     state, args = checkpoint['model'], checkpoint['model_args']
     config = complete_config(GPTConfig(**{**args, **overrides}))
     old_rank = args.get('lora_rank', 0)
-    merges_lora = old_rank and not config.lora_rank
     if old_rank:
-        check_lora(config, args, source)
-        config = replace(config, lora_rank=old_rank)
+        check_lora(config, old_rank, source)
+    if config.vocab_size < args.get('vocab_size', 0):
+        raise ValueError(f'{source} has a vocabulary of {args["vocab_size"]}, not {config.vocab_size}: a vocabulary does '
+                         'not shrink')
     has = lambda part: any(part in name for name in state)
     is_gpt = config.objective == 'lm'
     if is_gpt and not has('transformer.h.'):
         raise ValueError(f'{source} holds no GPT: --vision_from={source} takes over its Q-Former')
-    model = new_model(config, load=not has('vision.encoder.'), device='meta')
+    all_ranks = replace(config, lora_rank=old_rank or config.lora_rank)
+    model = new_model(all_ranks, load=not has('vision.encoder.'), device='meta')
     expected = checkpoint['vision_fingerprint']
     if expected and model.vision.encoder.fingerprint != expected:
         raise ValueError(f'{config.vision_encoder}: these are not the weights that the model was trained with '
                          f'(fingerprint {model.vision.encoder.fingerprint}, expected {expected})')
-    adds_vision = is_gpt and config.vision_encoder and not has('vision.')
     # what the checkpoint has nothing of is new, or published
     optional = [part for part in ('.lora_', 'vision.', 'vision.encoder.tower.') if not has(part)]
     model.load_report = load_weights(model, state, source, args, optional)
     model.base_model = checkpoint['base_model']
     if config.lora_rank and not old_rank:
         model.base_model = {'init_from': source, 'fingerprint': fingerprint(state)}
-    if adds_vision:
+    if is_gpt and config.vision_encoder and not has('vision.'):
         model.match_rms()
-    if merges_lora:
+    if old_rank and not config.lora_rank:
         model.merge_lora()
     return model
 
@@ -610,13 +604,12 @@ def new_model(config, load=True, device='cpu'):
     return GPT(config, load, device)
 
 
-def check_lora(config, args, source):
+def check_lora(config, rank, source):
     """Raises ValueError if a checkpoint's LoRA updates cannot be continued or merged as the config says."""
-    rank = args['lora_rank']
     if config.lora_rank not in (0, rank):
         raise ValueError(f'{source} has LoRA updates of rank {rank}: continue with that lora_rank, or merge them by '
                          f'lora_rank=0; {config.lora_rank} is neither')
-    if not config.lora_rank and args.get('lora_scope') == 'image':
+    if not config.lora_rank and config.lora_scope == 'image':
         raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: '
                          f'continue with lora_rank={rank}')
 
@@ -645,16 +638,14 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
     wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
     if model.config.tie_weights and wte is not None and head is not None and not torch.equal(wte, head):
         wrong.append('lm_head.weight is not tied to transformer.wte.weight')
-    loaded, table = {}, {}
+    loaded, table = {}, defaultdict(list)
     for name, p in own.items():
         action, note = 'loaded', ''
         old = state.get(name)
-        rows = RESIZABLE.get(name)
-        if old is not None and rows in args and len(old) == args[rows] != len(p):
+        counts = RESIZABLE.get(name)
+        if old is not None and counts in args and len(old) == args[counts] != len(p):
             action = 'grown' if len(old) < len(p) else 'cropped'
             note = f'{len(old)} -> {len(p)} rows'
-            if action == 'cropped' and rows == 'vocab_size':
-                wrong.append(f'{name} has {note}: a vocabulary does not shrink')
             old = resize_embedding(old, len(p))
         if old is not None and old.shape == p.shape:
             loaded[name] = old
@@ -665,8 +656,8 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
         else:
             wrong.append(f'{name} is {tuple(old.shape)}, not {tuple(p.shape)}')
         group = 'LoRA' if '.lora_' in name else '.'.join(name.split('.')[:2])
-        table.setdefault((action, group, note), []).append(p.numel())
-    if wrong or not loaded:
+        table[action, group, note].append(p.numel())
+    if wrong:
         raise ValueError(f'{source} does not hold the weights that its configuration asks for: ' + '; '.join(wrong))
     model.load_state_dict(loaded, strict=False, assign=True)  # strict=True is what has been done above
     if any(name.startswith('vision.encoder.') for name in loaded):
@@ -677,6 +668,7 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
                      for (action, group, note), sizes in table.items())
 
 
+@torch.no_grad()
 def resize_embedding(table, rows):
     """
     The first rows of a table; or all of them, then new ones: the mean of the old with a little noise,
@@ -693,8 +685,9 @@ def checkpoint_state(model):
     The tensors that a checkpoint has to hold: not those that a name and a fingerprint bring back, of a
     frozen pretrained encoder, and in a LoRA run of the model that it adapts.
     """
+    left_out = ('vision.encoder.',) if published_fingerprint(model) else ()
     return {name: p for name, p in model.state_dict().items()
-            if not (name.startswith('vision.encoder.') and published_fingerprint(model))
+            if not name.startswith(left_out)
             and (not model.base_model or name.startswith('vision.') or '.lora_' in name)}
 
 
@@ -779,14 +772,11 @@ BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.en
          '.dense': '.proj', '.LayerNorm': '.ln', '.query.': '.q.', '.key.': '.k.', '.value.': '.v.'}
 
 
-def is_published(source):
-    """Whether it names a model of Hugging Face: a folder, gpt2 to gpt2-xl, or OWNER/NAME on the hub."""
-    on_hub = source.count('/') == 1 and not source.endswith(('.pt', '.safetensors')) and not os.path.exists(source)
-    return source in GPT2 or os.path.isdir(source) or on_hub
-
-
 def published_folder(source):
-    """The folder of such a model; one on the hub is downloaded once. Raises ValueError if that fails."""
+    """
+    The folder of a model of Hugging Face: source itself, or where its download is, which happens once. Raises
+    ValueError if that fails.
+    """
     if os.path.isdir(source):
         return source
     from huggingface_hub import snapshot_download
@@ -795,8 +785,8 @@ def published_folder(source):
         return snapshot_download(GPT2.get(source, source), allow_patterns=patterns)
     except Exception as error:  # the hub's client raises many of its own
         raise ValueError(f'{source} is not in the cache of huggingface_hub and cannot be downloaded '
-                         f'({type(error).__name__}): connect once, or take a folder with its config.json and '
-                         'model.safetensors, --init_from=FOLDER') from error
+                         f'({type(error).__name__}): connect once, or take a checkpoint that is there, or a folder '
+                         'with its config.json and model.safetensors, --init_from=FOLDER') from error
 
 
 def read_published(source):
@@ -814,8 +804,6 @@ def read_published(source):
         raise ValueError(f'{path} is no complete configuration of a {model_type}: it has no {error}') from None
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'{path} is of a model that this GPT does not compute: {error}') from None
-    if args.get('tie_weights') and 'transformer.wte.weight' in state:
-        state.setdefault('lm_head.weight', state['transformer.wte.weight'])  # stored once
     tokenizer = 'gpt2' if source in GPT2 else source
     return {'model': state, 'model_args': args, 'config': {'tokenizer': tokenizer}}
 
@@ -834,12 +822,12 @@ def read_tensors(source):
         for shard in shards:
             path = folder / shard
             tensors.update(read_safetensors(path)[0])
-    except FileNotFoundError as error:
-        raise ValueError(f'{source} holds no model: expected config.json and model.safetensors, but '
-                         f'{error.filename or path} is not there') from None
+    except FileNotFoundError:
+        raise ValueError(f'{source} holds no model: expected config.json and model.safetensors, but {path} is not '
+                         'there') from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
-    return config, {strip_prefixes(name): p for name, p in tensors.items()}
+    return config, tensors
 
 
 def read_safetensors(path):
@@ -850,7 +838,7 @@ def read_safetensors(path):
     tensors = {}
     for name in names:
         with safe_open(path, 'pt') as f:
-            tensors[name] = f.get_tensor(name)
+            tensors[strip_prefixes(name)] = f.get_tensor(name)
     return tensors, metadata
 
 
@@ -859,11 +847,6 @@ def check_supported(config, expected):
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise ValueError(f'its {key} is {config[key]!r}, not {value!r}')
-
-
-def fields_of(config, table):
-    """{field of GPTConfig: value} of a config.json."""
-    return {ours: config[theirs] for ours, theirs in table.items()}
 
 
 def rename(name, table):
@@ -881,7 +864,8 @@ def read_gpt2(config, tensors):
     if activation not in GELU:
         raise ValueError(f'its activation_function is {activation!r}, not one of {", ".join(GELU)}')
     check_supported(config, {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False})
-    args = {**fields_of(config, GPT2_FIELDS), 'bias': True, 'gelu_approximate': GELU[activation]}
+    args = {ours: config[theirs] for ours, theirs in GPT2_FIELDS.items()}
+    args.update(bias=True, gelu_approximate=GELU[activation])
     state = {}
     for name, p in tensors.items():
         name = name.removeprefix('transformer.')
@@ -896,14 +880,13 @@ def read_gpt2(config, tensors):
 def read_llama(config, tensors):
     """A Llama's or Qwen3's config.json and tensors as model_args and state dict."""
     is_qwen = config['model_type'] == 'qwen3'
-    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
     config = {'num_key_value_heads': 0, 'head_dim': 128 if is_qwen else 0, 'rope_theta': 10000.0,
-              'tie_word_embeddings': False, **config, **rope}
+              'tie_word_embeddings': False, **config, **config.get('rope_scaling', {}), **config.get('rope_parameters', {})}
     check_supported(config, {
         'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'use_sliding_window': False,
         'rope_type': 'default', 'type': 'default', 'partial_rotary_factor': 1.0})
-    args = {**fields_of(config, LLAMA_FIELDS), 'bias': False, 'norm': 'rmsnorm', 'position': 'rope', 'mlp': 'swiglu',
-            'qk_norm': is_qwen}
+    args = {ours: config[theirs] for ours, theirs in LLAMA_FIELDS.items()}
+    args.update(bias=False, norm='rmsnorm', position='rope', mlp='swiglu', qk_norm=is_qwen)
     state = {rename(name, LLAMA): p for name, p in tensors.items()
              if not name.endswith('rotary_emb.inv_freq')}  # of old files: a constant, not a weight
     for i in range(args['n_layer']):
@@ -949,21 +932,23 @@ def to_hugging_face(model):
     switches = c.norm, c.position, c.mlp
     is_multi_head = attn.c_attn.weight.shape[0] == 3 * c.n_embd
     if switches == ('layernorm', 'learned', 'gelu') and not c.qk_norm and is_multi_head:
-        name, table = 'GPT2LMHeadModel', GPT2_FIELDS
-        config = {'model_type': 'gpt2', 'activation_function': 'gelu_new' if c.gelu_approximate == 'tanh' else 'gelu'}
+        config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'],
+                  'activation_function': 'gelu_new' if c.gelu_approximate == 'tanh' else 'gelu'}
+        table = GPT2_FIELDS
         state = dict(to_gpt2(state, c.bias))
     elif switches == ('rmsnorm', 'rope', 'swiglu') and not c.bias:
         model_type = 'qwen3' if c.qk_norm else 'llama'
-        name, table = f'{model_type.title()}ForCausalLM', LLAMA_FIELDS
-        config = {'model_type': model_type, 'hidden_act': 'silu', 'attention_bias': False,
+        config = {'model_type': model_type, 'architectures': [f'{model_type.title()}ForCausalLM'],
                   'rope_parameters': {'rope_theta': c.rope_theta, 'rope_type': 'default'}}
+        table = LLAMA_FIELDS
         state = dict(to_llama(state, attn))
     else:
         raise ValueError(f'no class of Hugging Face computes norm {c.norm}, position {c.position}, mlp {c.mlp}, '
                          f'{"with" if c.bias else "without"} bias{" and qk_norm" * c.qk_norm}')
     values = {**vars(c), 'n_inner': c.n_inner or 4 * c.n_embd, 'n_kv_head': attn.n_kv_head, 'head_dim': attn.head_dim}
     config.update({theirs: values[ours] for ours, theirs in table.items()})
-    return {**config, 'architectures': [name], 'dtype': str(model.lm_head.weight.dtype)[6:]}, state
+    config['dtype'] = str(model.lm_head.weight.dtype).removeprefix('torch.')
+    return config, state
 
 
 def to_gpt2(state, bias):
