@@ -362,7 +362,7 @@ class GPT(nn.Module):
         images       as in `embed`; they are encoded once
         lengths      (B,) prompt lengths: row b is idx[b, :lengths[b]]. None: all are T
         stop_ids     a row that has generated one of them is finished, and filled up with the first of them
-        allowed      bool (vocab_size,): ids that may be generated (Tokenizer.allowed_ids)
+        allowed      bool (vocab_size,): ids that may be generated (Tokenizer.allowed_ids). None: all but <image>
         temperature, top_k, top_p   as in `sample_token`; generator: a torch.Generator for temperature > 0
 
         Returns (B, T') int64: each row its prompt, its continuation, then padding (0 without stop_ids). A
@@ -383,11 +383,8 @@ class GPT(nn.Module):
         S = T + int(left.max())
         slots = torch.arange(S, device=idx.device)
         caches = self.empty_cache(B, S)
-        forbidden = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=idx.device)
-        if allowed is not None:
-            forbidden = ~allowed
-        if self.config.image_token >= 0:
-            forbidden[self.config.image_token] = True  # it stands for pixels, and there are none
+        if allowed is None:  # <image> stands for pixels, and a new one has none
+            allowed = torch.arange(self.config.vocab_size, device=idx.device) != self.config.image_token
         pad_id = stop_ids[0] if len(stop_ids) else 0
         stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=idx.device)
         out = F.pad(idx.masked_fill(idx < 0, pad_id), (0, S - T), value=pad_id)  # (B, S)
@@ -396,7 +393,7 @@ class GPT(nn.Module):
             mask = slots <= cache_pos[:, None, :, None]                         # (B, 1, T or 1, S)
             x = self.run_blocks(x, pos, lora_mask, caches, cache_pos, mask)     # (B, T or 1, C)
             logits = self.lm_head(x[rows, last]).float()                        # (B, vocab_size)
-            logits = logits.masked_fill(forbidden, -math.inf)
+            logits = logits.masked_fill(~allowed, -math.inf)
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
             done = left <= 0
             if return_logprobs:
@@ -515,8 +512,11 @@ def read_weights(source):
     state = {strip_prefixes(name): p for name, p in checkpoint['model'].items()}
     if checkpoint['base_model']:
         state = {**read_base_model(source, checkpoint['base_model'], args), **state}
-    if args.get('tie_weights', True) and 'transformer.wte.weight' in state:
-        state.setdefault('lm_head.weight', state['transformer.wte.weight'])  # some files hold it once
+    wte = state.get('transformer.wte.weight')
+    if wte is not None and args.get('tie_weights', True):
+        head = state.setdefault('lm_head.weight', wte)  # some files hold the table once
+        if not torch.equal(head, wte):
+            raise ValueError(f'{source}: lm_head.weight is not tied to transformer.wte.weight')
     return {**checkpoint, 'model': state}
 
 
@@ -569,8 +569,13 @@ def build_model(checkpoint, source, **overrides):
     state, args = checkpoint['model'], checkpoint['model_args']
     config = complete_config(GPTConfig(**{**args, **overrides}))
     old_rank = args.get('lora_rank', 0)
-    if old_rank:
-        check_lora(config, old_rank, source)
+    if old_rank and config.lora_rank not in (0, old_rank):
+        raise ValueError(f'{source} has LoRA updates of rank {old_rank}: continue with that lora_rank, or merge them by '
+                         f'lora_rank=0; {config.lora_rank} is neither')
+    merges_lora = old_rank and not config.lora_rank
+    if merges_lora and config.lora_scope == 'image':
+        raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: '
+                         f'continue with lora_rank={old_rank}')
     if config.vocab_size < args.get('vocab_size', 0):
         raise ValueError(f'{source} has a vocabulary of {args["vocab_size"]}, not {config.vocab_size}: a vocabulary does '
                          'not shrink')
@@ -578,8 +583,9 @@ def build_model(checkpoint, source, **overrides):
     is_gpt = config.objective == 'lm'
     if is_gpt and not has('transformer.h.'):
         raise ValueError(f'{source} holds no GPT: --vision_from={source} takes over its Q-Former')
-    all_ranks = replace(config, lora_rank=old_rank or config.lora_rank)
-    model = new_model(all_ranks, load=not has('vision.encoder.'), device='meta')
+    if merges_lora:
+        config = replace(config, lora_rank=old_rank)
+    model = new_model(config, load=not has('vision.encoder.'), device='meta')
     expected = checkpoint['vision_fingerprint']
     if expected and model.vision.encoder.fingerprint != expected:
         raise ValueError(f'{config.vision_encoder}: these are not the weights that the model was trained with '
@@ -592,7 +598,7 @@ def build_model(checkpoint, source, **overrides):
         model.base_model = {'init_from': source, 'fingerprint': fingerprint(state)}
     if is_gpt and config.vision_encoder and not has('vision.'):
         model.match_rms()
-    if old_rank and not config.lora_rank:
+    if merges_lora:
         model.merge_lora()
     return model
 
@@ -602,16 +608,6 @@ def new_model(config, load=True, device='cpu'):
     if config.objective != 'lm':
         return QFormerPretraining(config, load)
     return GPT(config, load, device)
-
-
-def check_lora(config, rank, source):
-    """Raises ValueError if a checkpoint's LoRA updates cannot be continued or merged as the config says."""
-    if config.lora_rank not in (0, rank):
-        raise ValueError(f'{source} has LoRA updates of rank {rank}: continue with that lora_rank, or merge them by '
-                         f'lora_rank=0; {config.lora_rank} is neither')
-    if not config.lora_rank and config.lora_scope == 'image':
-        raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: '
-                         f'continue with lora_rank={rank}')
 
 
 # tables whose rows may be more or fewer than a checkpoint's, and the field that counts them
@@ -635,9 +631,6 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
     own = {name: p for name, p in model.state_dict().items() if name.startswith(only)}
     is_optional = lambda name: any(part in name for part in optional)
     wrong = [f'unexpected {name}' for name in state if name not in own and not is_optional(name)]
-    wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
-    if model.config.tie_weights and wte is not None and head is not None and not torch.equal(wte, head):
-        wrong.append('lm_head.weight is not tied to transformer.wte.weight')
     loaded, table = {}, defaultdict(list)
     for name, p in own.items():
         action, note = 'loaded', ''
@@ -660,8 +653,6 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
     if wrong:
         raise ValueError(f'{source} does not hold the weights that its configuration asks for: ' + '; '.join(wrong))
     model.load_state_dict(loaded, strict=False, assign=True)  # strict=True is what has been done above
-    if any(name.startswith('vision.encoder.') for name in loaded):
-        model.vision.encoder.fingerprint = ''
     if model.config.objective == 'lm' and model.config.tie_weights:
         model.transformer.wte.weight = model.lm_head.weight
     return '\n'.join(f'{action:<9} {group:<18} {len(sizes):>4} tensors {sum(sizes) / 1e6:>9.2f}M  {note}'.rstrip()
@@ -725,8 +716,10 @@ def vision_of(checkpoint, source, connector):
 
 def load_vision_from(model, state, source):
     """Loads the tensors of `vision_of` into a model. Returns the table of what was loaded."""
-    parts = tuple({'.'.join(name.split('.')[:2]) for name in state})  # vision.encoder, vision.qformer
-    return load_weights(model, state, source, only=parts, optional=QFORMER_TEXT)
+    parts = {'.'.join(name.split('.')[:2]) for name in state}  # vision.encoder, vision.qformer
+    if 'vision.encoder' in parts:
+        model.vision.encoder.fingerprint = ''  # other weights than the published ones
+    return load_weights(model, state, source, only=tuple(parts), optional=QFORMER_TEXT)
 
 
 def strip_prefixes(name):
