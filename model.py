@@ -573,7 +573,7 @@ def build_model(checkpoint, source, **overrides):
         raise ValueError(f'{source} has LoRA updates of rank {old_rank}: continue with that lora_rank, or merge them by '
                          f'lora_rank=0; {config.lora_rank} is neither')
     merges_lora = old_rank and not config.lora_rank
-    if merges_lora and config.lora_scope == 'image':
+    if merges_lora and args.get('lora_scope') == 'image':
         raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: '
                          f'continue with lora_rank={old_rank}')
     if config.vocab_size < args.get('vocab_size', 0):
@@ -659,7 +659,6 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
                      for (action, group, note), sizes in table.items())
 
 
-@torch.no_grad()
 def resize_embedding(table, rows):
     """
     The first rows of a table; or all of them, then new ones: the mean of the old with a little noise,
