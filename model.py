@@ -688,11 +688,14 @@ def published_fingerprint(model):
     return model.vision.encoder.fingerprint
 
 
-# what vision_from takes over: the fields of GPTConfig that describe an encoder and its images, and a Q-Former
+# what vision_from takes over: the fields of GPTConfig that describe an encoder and its images
 ENCODER_FIELDS = ('vision_encoder', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'vision_n_layer',
                   'vision_n_head', 'vision_n_embd', 'vision_layer', 'vision_cls', 'image_fit', 'image_size', 'image_mean',
                   'image_std')
-QFORMER_FIELDS = ('n_queries', 'qformer_n_layer', 'qformer_n_head', 'qformer_n_embd', 'qformer_cross_every')
+# those of a Q-Former, and their names in BLIP-2's config.json
+QFORMER_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
+                  'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
+                  'qformer_cross_every': 'cross_attention_frequency'}
 # the Q-Former's text side, which belongs to a vocabulary and which a connector does not have
 QFORMER_TEXT = ('.wte.', '.wpe.', '.text_mlp.')
 
@@ -707,7 +710,7 @@ def vision_of(checkpoint, source, connector):
     state = {name: p.float() for name, p in checkpoint['model'].items() if name.startswith(prefixes)}
     names = ENCODER_FIELDS if args['vision_encoder'] else ()
     if any(name.startswith('vision.qformer.') for name in state):
-        names += QFORMER_FIELDS
+        names += tuple(QFORMER_FIELDS)
     elif args['vision_encoder'] != 'vit':
         raise ValueError(f'vision_from={source} has no small ViT to take over; a Q-Former needs --connector=qformer')
     return {name: args[name] for name in names}, state
@@ -740,9 +743,8 @@ LLAMA_FIELDS = {'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
                 'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size', 'n_inner': 'intermediate_size',
                 'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings', 'n_kv_head': 'num_key_value_heads',
                 'head_dim': 'head_dim', 'rope_theta': 'rope_theta'}
-BLIP2_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
-                'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
-                'qformer_cross_every': 'cross_attention_frequency'}
+# tensors of old files that are no weights: the causal mask, RoPE's speeds, 0, 1, 2, ...
+CONSTANTS = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq', 'position_ids')
 GPT2_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # OpenAI's layers are [in, out]
 # activation_function of a GPT-2 -> gelu_approximate
 GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
@@ -785,6 +787,7 @@ def read_published(source):
     """`read_weights` for a published model. Raises ValueError for an architecture that is not supported."""
     config, tensors = read_tensors(source)
     config = {key: value for key, value in config.items() if value is not None}  # null is the default
+    tensors = {name: p for name, p in tensors.items() if not name.endswith(CONSTANTS)}
     readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen3': read_llama, 'blip-2': read_blip2}
     model_type = config.get('model_type')
     path = f'{source}/config.json'
@@ -860,27 +863,24 @@ def read_gpt2(config, tensors):
     args.update(bias=True, gelu_approximate=GELU[activation])
     state = {}
     for name, p in tensors.items():
-        name = name.removeprefix('transformer.')
-        if name.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, not weights
-            continue
-        if name.endswith(GPT2_TRANSPOSED):
-            p = p.t().contiguous()
-        state[name if name == 'lm_head.weight' else f'transformer.{name}'] = p
+        if name != 'lm_head.weight':
+            name = 'transformer.' + name.removeprefix('transformer.')
+        state[name] = p.t().contiguous() if name.endswith(GPT2_TRANSPOSED) else p
     return args, state
 
 
 def read_llama(config, tensors):
     """A Llama's or Qwen3's config.json and tensors as model_args and state dict."""
     is_qwen = config['model_type'] == 'qwen3'
+    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
     config = {'num_key_value_heads': 0, 'head_dim': 128 if is_qwen else 0, 'rope_theta': 10000.0,
-              'tie_word_embeddings': False, **config, **config.get('rope_scaling', {}), **config.get('rope_parameters', {})}
+              'tie_word_embeddings': False, **config, **rope}
     check_supported(config, {
         'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'use_sliding_window': False,
         'rope_type': 'default', 'type': 'default', 'partial_rotary_factor': 1.0})
     args = {ours: config[theirs] for ours, theirs in LLAMA_FIELDS.items()}
     args.update(bias=False, norm='rmsnorm', position='rope', mlp='swiglu', qk_norm=is_qwen)
-    state = {rename(name, LLAMA): p for name, p in tensors.items()
-             if not name.endswith('rotary_emb.inv_freq')}  # of old files: a constant, not a weight
+    state = {rename(name, LLAMA): p for name, p in tensors.items()}
     for i in range(args['n_layer']):
         names = [f'transformer.h.{i}.self_attn.{x}_proj.weight' for x in 'qkv']
         if all(name in state for name in names):
@@ -898,12 +898,11 @@ def read_blip2(config, tensors):
     check_supported(config, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
                              'intermediate_size': 4 * config.get('hidden_size', 768)})
     # BLIP-2's defaults are VisionConfig's
-    args = {ours: config[theirs] for ours, theirs in BLIP2_FIELDS.items() if theirs in config}
+    args = {ours: config[theirs] for ours, theirs in QFORMER_FIELDS.items() if theirs in config}
     args['connector'] = 'qformer'
     state = {}
     for name, p in tensors.items():
-        is_qformer = name.startswith(('qformer.', 'query_tokens', 'embeddings.', 'vision_model.post_layernorm.'))
-        if is_qformer and not name.endswith('position_ids'):  # of old files: a constant, not a weight
+        if name.startswith(('qformer.', 'query_tokens', 'embeddings.', 'vision_model.post_layernorm.')):
             name = rename(name, BLIP2)
             state[f'vision.qformer.{name}'] = p[0] if name == 'queries' else p
     return args, state
