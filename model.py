@@ -136,7 +136,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # grouped-query attention, https://arxiv.org/abs/2305.13245: query heads share heads of keys and values
+        # grouped-query attention, https://arxiv.org/abs/2305.13245: query heads share keys and values
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_dim = config.head_dim or config.n_embd // config.n_head
         # key, query, value projections for all heads, but in a batch
@@ -219,10 +219,7 @@ class Transformer(Freezable, nn.ModuleDict):
 class GPT(nn.Module):
 
     def __init__(self, config, load=True, device='cpu'):
-        """
-        load: read the weights of a pretrained encoder; False if those of a checkpoint come next.
-        device: 'meta' makes the text model without memory, for weights that come next.
-        """
+        """If weights come next: load=False reads no pretrained encoder, device='meta' allocates no text model."""
         super().__init__()
         check_config(config)
         self.config = config
@@ -261,11 +258,10 @@ class GPT(nn.Module):
 
     def embed(self, idx, images=None):
         """
-        idx (B, T) int64: <image> ids where image tokens stand, -1 where there is only padding. images:
-        (patches, grid) from vision.collate, all images of the batch in their order, row by row; None for
-        none. Returns embeddings x (B, T, C), with position embeddings added if those are learned, and the
-        positions (B, T). Raises ValueError if the numbers of <image> ids and image tokens differ, or
-        block_size is exceeded.
+        idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: (patches, grid) from
+        vision.collate, all images of the batch, row by row; or None. Returns embeddings (B, T, C), position
+        embeddings included if those are learned, and positions (B, T). Raises ValueError if the numbers of
+        <image> ids and image tokens differ, or block_size is exceeded.
         """
         B, T = idx.shape
         x = self.transformer.wte(idx.clamp(min=0))                              # (B, T, C)
@@ -276,7 +272,7 @@ class GPT(nn.Module):
             emb, valid = self.vision(*images)                                   # (N, L, C), (N, L)
             N, L, C = emb.shape
             n_embeds = valid.sum()
-            # the j-th <image> id of the batch takes the j-th valid embedding; the sort brings those to the front
+            # the j-th <image> id of the batch takes the j-th valid embedding: the sort puts those first
             order = torch.argsort(~valid.flatten(), stable=True)                # (N*L)
             j = (is_image.flatten().cumsum(0) - 1).clamp(0, N * L - 1).view(B, T)
             source = order[j]                                                   # (B, T)
@@ -323,7 +319,7 @@ class GPT(nn.Module):
         return self.run_blocks(x, pos, self.lora_mask(idx))
 
     def run_blocks(self, x, pos, lora_mask, caches=None, cache_pos=None, mask=None):
-        """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one a layer, as in the attention."""
+        """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one for each layer."""
         rope = self.rope(pos)
         for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
             x = block(x, rope, lora_mask, cache, cache_pos, mask)
@@ -356,19 +352,18 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
                  stop_ids=(), allowed=None, generator=None, return_logprobs=False):
         """
-        Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode,
-        as in nanoGPT.
+        Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode.
 
         images       as in `embed`; they are encoded once
         lengths      (B,) prompt lengths: row b is idx[b, :lengths[b]]. None: all are T
         stop_ids     a row that has generated one of them is finished, and filled up with the first of them
-        allowed      bool (vocab_size,): ids that may be generated (Tokenizer.allowed_ids). None: all but <image>
+        allowed      bool (vocab_size,): ids that may be generated; None: all but <image>
         temperature, top_k, top_p   as in `sample_token`; generator: a torch.Generator for temperature > 0
 
         Returns (B, T') int64: each row its prompt, its continuation, then padding (0 without stop_ids). A
-        row also ends with its block_size positions. With return_logprobs also (B, T') log-probabilities:
-        the model's own, in nats, before temperature, top_k and top_p; 0 where nothing was generated. Raises
-        ValueError if a prompt alone needs more positions than block_size.
+        row also ends with its block_size positions. With return_logprobs also (B, T') log-probabilities in
+        nats, before temperature, top_k and top_p; 0 where nothing was generated. Raises ValueError if a
+        prompt alone needs more positions than block_size.
         """
         B, T = idx.shape
         rows = torch.arange(B, device=idx.device)
@@ -404,7 +399,8 @@ class GPT(nn.Module):
             # the new token is the next query: it comes after its own row's text, at the next position
             cache_pos = lengths[:, None]                                        # (B, 1)
             lengths = lengths + 1
-            lora_mask = None if lora_mask is None else lora_mask[:, -1:]        # (B, 1, 1)
+            if lora_mask is not None:
+                lora_mask = lora_mask[:, -1:]                                   # (B, 1, 1)
             pos = (pos[rows, last, None] + 1).clamp(max=self.config.block_size - 1)  # (B, 1)
             x = self.add_position_embedding(self.transformer.wte(new[:, None]), pos)  # (B, 1, C)
             last = 0
@@ -425,9 +421,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """
-        A GPT-2, Llama or Qwen3 of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B'), or of a
-        local folder with config.json and model.safetensors. Its weights keep the file's dtype,
-        memory-mapped; .float() is for a CPU.
+        A GPT-2, Llama or Qwen3 of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B') or in a
+        folder. Its weights keep the file's dtype, memory-mapped; .float() is for a CPU.
         """
         return load_model(name, **overrides)
 
@@ -485,17 +480,15 @@ def load_model(source, **overrides):
 
 def read_weights(source):
     """
-    Any source of weights as one dict, that of nanoGPT's checkpoints. source: a ckpt.pt of nanoGPT or
-    train.py, the glimpse.safetensors of an export, a GPT-2, Llama, Qwen3 or BLIP-2 of Hugging Face, by hub
-    name or folder.
+    Any source of weights as one dict, that of nanoGPT's checkpoints: a ckpt.pt of nanoGPT or train.py, the
+    glimpse.safetensors of an export, a GPT-2, Llama, Qwen3 or BLIP-2 of Hugging Face, by hub name or folder.
 
         model, model_args   {name: tensor} by our names, {field of GPTConfig: value}
         config              knobs of the run that made it; its 'tokenizer' names the tokenizer
         base_model          None, or {'init_from', 'fingerprint'} of the model that LoRA's updates adapt
         vision_fingerprint  of a pretrained encoder whose weights are not in `model`, but published
-        and whatever else a checkpoint of train.py holds
 
-    Raises ValueError in one sentence for what is none of these.
+    Raises ValueError for what is none of these.
     """
     source = str(source)
     if source.endswith('.safetensors'):
@@ -561,23 +554,22 @@ def read_base_model(path, base_model, args):
 def build_model(checkpoint, source, **overrides):
     """
     The GPT, or QFormerPretraining, of a dict of `read_weights`, with some fields of its GPTConfig changed:
-    a larger vocab_size, vision fields, which add vision to a text-only model, lora_rank, which adds LoRA's
-    updates, or merges them if it is 0, ... The tensors become the model's own, without a copy;
-    model.load_report is the table of what was loaded. Raises ValueError, with the list, if names or shapes
-    do not fit.
+    vision fields add vision to a text-only model, lora_rank adds LoRA's updates, or merges them if it is 0.
+    The tensors become the model's own, without a copy; model.load_report is the table of what was loaded.
+    Raises ValueError, with the list, if names or shapes do not fit.
     """
     state, args = checkpoint['model'], checkpoint['model_args']
     config = complete_config(GPTConfig(**{**args, **overrides}))
     old_rank = args.get('lora_rank', 0)
     if old_rank and config.lora_rank not in (0, old_rank):
-        raise ValueError(f'{source} has LoRA updates of rank {old_rank}: continue with that lora_rank, or merge them by '
-                         f'lora_rank=0; {config.lora_rank} is neither')
+        raise ValueError(f'{source} has LoRA updates of rank {old_rank}: continue with that lora_rank, or merge '
+                         f'them by lora_rank=0; {config.lora_rank} is neither')
     merges_lora = old_rank and not config.lora_rank
     if merges_lora and args.get('lora_scope') == 'image':
         raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: '
                          f'continue with lora_rank={old_rank}')
     if config.vocab_size < args.get('vocab_size', 0):
-        raise ValueError(f'{source} has a vocabulary of {args["vocab_size"]}, not {config.vocab_size}: a vocabulary does '
+        raise ValueError(f'{source} has vocab_size {args["vocab_size"]}, not {config.vocab_size}: a vocabulary does '
                          'not shrink')
     has = lambda part: any(part in name for name in state)
     is_gpt = config.objective == 'lm'
@@ -622,11 +614,10 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
     every tensor of `state` in the model, in its shape, except
 
         optional  parts of names: such a tensor may be absent from one side, or have another shape there
-        args      model_args of `state`: its RESIZABLE tables may have more or fewer rows than the model's. Old
-                  rows stay as they are, so the logits of text do not change by a bit
+        args      model_args of `state`: its RESIZABLE tables may have more or fewer rows than the model's.
+                  Old rows stay as they are, so the logits of text do not change by a bit
 
-    Returns the table of what was loaded, grown and new. Raises ValueError with the list of what does not
-    fit.
+    Returns the table of what was loaded, grown and new. Raises ValueError with what does not fit.
     """
     own = {name: p for name, p in model.state_dict().items() if name.startswith(only)}
     is_optional = lambda name: any(part in name for part in optional)
@@ -661,9 +652,8 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
 
 def resize_embedding(table, rows):
     """
-    The first rows of a table; or all of them, then new ones: the mean of the old with a little noise,
-    always the same. A new token is then hardly likely
-    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    The first rows of a table; or all of them, then new ones: the mean of the old with a little noise, always
+    the same. A new token is then hardly likely (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     noise = torch.randn(max(0, rows - len(table)), table.shape[1], generator=torch.Generator().manual_seed(0))
     new = table.mean(0, dtype=torch.float32) + 0.02 * noise
@@ -689,9 +679,9 @@ def published_fingerprint(model):
 
 
 # what vision_from takes over: the fields of GPTConfig that describe an encoder and its images
-ENCODER_FIELDS = ('vision_encoder', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'vision_n_layer',
-                  'vision_n_head', 'vision_n_embd', 'vision_layer', 'vision_cls', 'image_fit', 'image_size', 'image_mean',
-                  'image_std')
+ENCODER_FIELDS = ('vision_encoder', 'vision_n_layer', 'vision_n_head', 'vision_n_embd', 'vision_layer',
+                  'vision_cls', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'image_fit',
+                  'image_size', 'image_mean', 'image_std')
 # those of a Q-Former, and their names in BLIP-2's config.json
 QFORMER_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
                   'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
@@ -732,17 +722,16 @@ def strip_prefixes(name):
 # -----------------------------------------------------------------------------
 # Hugging Face's layouts
 
-GPT2 = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
-        'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 # fields of GPTConfig and their names in config.json
 GPT2_FIELDS = {'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd', 'block_size': 'n_positions',
                'vocab_size': 'vocab_size', 'n_inner': 'n_inner', 'norm_eps': 'layer_norm_epsilon',
                'tie_weights': 'tie_word_embeddings'}
 LLAMA_FIELDS = {'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads', 'n_embd': 'hidden_size',
-                'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size', 'n_inner': 'intermediate_size',
-                'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings', 'n_kv_head': 'num_key_value_heads',
-                'head_dim': 'head_dim', 'rope_theta': 'rope_theta'}
+                'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size',
+                'n_inner': 'intermediate_size', 'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings',
+                'n_kv_head': 'num_key_value_heads', 'head_dim': 'head_dim', 'rope_theta': 'rope_theta'}
 # tensors of old files that are no weights: the causal mask, RoPE's speeds, 0, 1, 2, ...
 CONSTANTS = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq', 'position_ids')
 GPT2_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # OpenAI's layers are [in, out]
@@ -750,10 +739,10 @@ GPT2_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # OpenAI's 
 GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
 # parts of names, Llama's and Qwen3's -> ours; their q_proj, k_proj and v_proj are our c_attn
-LLAMA = {'model.embed_tokens': 'transformer.wte', 'model.layers': 'transformer.h', 'model.norm': 'transformer.ln_f',
-         'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2', 'self_attn.o_proj': 'attn.c_proj',
-         'self_attn.q_norm': 'attn.q_norm', 'self_attn.k_norm': 'attn.k_norm', 'mlp.up_proj': 'mlp.c_fc',
-         'mlp.gate_proj': 'mlp.c_gate', 'mlp.down_proj': 'mlp.c_proj'}
+LLAMA = {'model.embed_tokens': 'transformer.wte', 'model.layers': 'transformer.h',
+         'model.norm': 'transformer.ln_f', 'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2',
+         'self_attn.o_proj': 'attn.c_proj', 'self_attn.q_norm': 'attn.q_norm', 'self_attn.k_norm': 'attn.k_norm',
+         'mlp.up_proj': 'mlp.c_fc', 'mlp.gate_proj': 'mlp.c_gate', 'mlp.down_proj': 'mlp.c_proj'}
 
 # parts of names, BLIP-2's Q-Former's -> ours
 BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.encoder.layer': 'h',
@@ -767,20 +756,18 @@ BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.en
 
 
 def published_folder(source):
-    """
-    The folder of a model of Hugging Face: source itself, or where its download is, which happens once. Raises
-    ValueError if that fails.
-    """
+    """The folder of a published model; one on the hub is downloaded once. Raises ValueError if that fails."""
     if os.path.isdir(source):
         return source
     from huggingface_hub import snapshot_download
     patterns = ['config.json', 'model*.safetensors*', 'token*.json', 'chat_template.jinja']
+    name = f'openai-community/{source}' if source in GPT2 else source
     try:
-        return snapshot_download(GPT2.get(source, source), allow_patterns=patterns)
+        return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # the hub's client raises many of its own
         raise ValueError(f'{source} is not in the cache of huggingface_hub and cannot be downloaded '
-                         f'({type(error).__name__}): connect once, or take a checkpoint that is there, or a folder '
-                         'with its config.json and model.safetensors, --init_from=FOLDER') from error
+                         f'({type(error).__name__}): connect once, or name a checkpoint that is there, or a '
+                         'folder with its config.json and model.safetensors, --init_from=FOLDER') from error
 
 
 def read_published(source):
@@ -818,8 +805,8 @@ def read_tensors(source):
             path = folder / shard
             tensors.update(read_safetensors(path)[0])
     except FileNotFoundError:
-        raise ValueError(f'{source} holds no model: expected config.json and model.safetensors, but {path} is not '
-                         'there') from None
+        raise ValueError(f'{source} holds no model: expected config.json and model.safetensors, but '
+                         f'{path} is not there') from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
     return config, tensors
@@ -853,8 +840,8 @@ def rename(name, table):
 
 def read_gpt2(config, tensors):
     """A GPT-2's config.json and tensors as model_args and state dict."""
-    config = {'activation_function': 'gelu_new', 'n_inner': 0, 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
-              **config}
+    config = {'activation_function': 'gelu_new', 'n_inner': 0, 'layer_norm_epsilon': 1e-5,
+              'tie_word_embeddings': True, **config}
     activation = config['activation_function']
     if activation not in GELU:
         raise ValueError(f'its activation_function is {activation!r}, not one of {", ".join(GELU)}')
@@ -890,9 +877,8 @@ def read_llama(config, tensors):
 
 def read_blip2(config, tensors):
     """
-    The Q-Former in a BLIP-2's config.json and tensors, as model_args and tensors named vision.qformer.*: 32
-    queries that attend to the penultimate layer of EVA-CLIP's ViT-g/14, 1408 wide. Its text side is among
-    them if the file has it.
+    The Q-Former of a BLIP-2, with its text side if the file has that, as model_args and tensors named
+    vision.qformer.*: 32 queries that attend to the penultimate layer of EVA-CLIP's ViT-g/14, 1408 wide.
     """
     config = {**config, **config.get('qformer_config', {})}
     check_supported(config, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
@@ -936,7 +922,8 @@ def to_hugging_face(model):
     else:
         raise ValueError(f'no class of Hugging Face computes norm {c.norm}, position {c.position}, mlp {c.mlp}, '
                          f'{"with" if c.bias else "without"} bias{" and qk_norm" * c.qk_norm}')
-    values = {**vars(c), 'n_inner': c.n_inner or 4 * c.n_embd, 'n_kv_head': attn.n_kv_head, 'head_dim': attn.head_dim}
+    n_inner = c.n_inner or 4 * c.n_embd
+    values = {**vars(c), 'n_inner': n_inner, 'n_kv_head': attn.n_kv_head, 'head_dim': attn.head_dim}
     config.update({theirs: values[ours] for ours, theirs in table.items()})
     config['dtype'] = str(model.lm_head.weight.dtype).removeprefix('torch.')
     return config, state

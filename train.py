@@ -119,7 +119,7 @@ compile = torch.cuda.is_available()  # use torch.compile to make the model faste
 
 
 def setup_distributed(config):
-    """Chooses the device and joins torchrun's other processes: rank, world_size, ddp, device, device_type, dtype."""
+    """Joins torchrun's other processes: a namespace of rank, world_size, ddp, device, device_type and dtype."""
     ddp = 'RANK' in os.environ
     rank = int(os.environ.get('RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
@@ -134,8 +134,8 @@ def setup_distributed(config):
     if dtype not in ('bfloat16', 'float16', 'float32'):
         raise ValueError(f'dtype must be bfloat16, float16 or float32, got {dtype!r}')
     if config.gradient_accumulation_steps % world_size:
-        raise ValueError(f'gradient_accumulation_steps ({config.gradient_accumulation_steps}) counts the micro-batches '
-                         f'of all processes and must be a multiple of their number ({world_size})')
+        raise ValueError(f'gradient_accumulation_steps ({config.gradient_accumulation_steps}) counts the '
+                         f'micro-batches of all processes and must be a multiple of their number ({world_size})')
     if ddp:
         dist.init_process_group(backend=config.backend or ('nccl' if device_type == 'cuda' else 'gloo'))
     torch.set_float32_matmul_precision('high')  # tf32 on CUDA
@@ -157,8 +157,8 @@ def init_model(config):
     checkpoint = read_weights(source)
     config.tokenizer = config.tokenizer or checkpoint['config'].get('tokenizer', '')
     if not config.tokenizer:
-        raise ValueError(f'{source} does not say which tokenizer it was trained with: name it, as --tokenizer=gpt2, or '
-                         '--tokenizer=data/NAME/meta.pkl of a nanoGPT character dataset')
+        raise ValueError(f'{source} does not say which tokenizer it was trained with: name it, as '
+                         '--tokenizer=gpt2, or --tokenizer=data/NAME/meta.pkl of a nanoGPT character dataset')
     enc = get_tokenizer(config.tokenizer, config.system_prompt)
     if resumes:
         return resume_model(config, checkpoint, source), enc, checkpoint
@@ -170,29 +170,28 @@ def init_from_scratch(config, enc):
     if config.lora_rank:
         raise ValueError('lora_rank adapts a trained model: name one with --init_from')
     args = {name: getattr(config, name) for name in knobs_of(GPTConfig)}
-    args['vocab_size'] = pad_vocab(enc.n_vocab)
-    args['image_token'] = enc.image_id
     vision_args, vision_state = read_vision_from(config)
-    model = new_model(complete_config(GPTConfig(**{**args, **vision_args})))
+    args.update(vision_args, vocab_size=pad_vocab(enc.n_vocab), image_token=enc.image_id)
+    model = new_model(complete_config(GPTConfig(**args)))
     if vision_state:
         print_once(load_vision_from(model, vision_state, config.vision_from))
     return model
 
 
 def init_from_checkpoint(config, enc, checkpoint):
-    """The model of init_from with what this run adds: positions, special tokens, LoRA, vision if it has none."""
+    """The model of init_from, to which this run adds positions, tokens, LoRA, and vision if it has none."""
     source = config.init_from
     known = vars(GPTConfig(**checkpoint['model_args']))
     if config.objective != known['objective']:
-        raise ValueError(f'a run with objective {config.objective} cannot start from {source}, which was trained with '
-                         f'{known["objective"]}: --vision_from={source} takes over its encoder and Q-Former')
+        raise ValueError(f'a run with objective {config.objective} cannot start from {source}, which was trained '
+                         f'with {known["objective"]}: --vision_from={source} takes over its encoder and Q-Former')
     # the model has a row for each id of the tokenizer's text, for some special tokens, and a few more
     spare = known['vocab_size'] - enc.n_text
     other_image_token = known['vision_encoder'] and known['image_token'] != enc.image_id
     if not 0 <= spare <= max(64, enc.n_text // 256) or other_image_token:
-        raise ValueError(f'{source} was not trained with the tokenizer {enc.name}: it has {known["vocab_size"]} tokens, '
-                         f'the tokenizer {enc.n_text} and its special ones; name the one it was trained with by '
-                         '--tokenizer')
+        raise ValueError(f'{source} was not trained with the tokenizer {enc.name}: it has {known["vocab_size"]} '
+                         f'tokens, the tokenizer {enc.n_text} and its special ones; name the one it was trained '
+                         'with by --tokenizer')
     args = {name: getattr(config, name) for name in ('dropout', 'block_size', 'lora_rank', 'lora_dropout')}
     if not known['lora_rank']:  # updates that are there already act as they were trained to
         args.update(lora_alpha=config.lora_alpha, lora_scope=config.lora_scope)
@@ -201,8 +200,8 @@ def init_from_checkpoint(config, enc, checkpoint):
     vision_state = {}
     if known['vision_encoder']:
         if config.vision_encoder not in ('', known['vision_encoder']):
-            raise ValueError(f'{source} already has a vision encoder, {known["vision_encoder"]!r}, and this run asks for '
-                             f'{config.vision_encoder!r}: start from a text model, or leave vision_encoder as it is')
+            raise ValueError(f'{source} already has a vision encoder, {known["vision_encoder"]!r}, and this run '
+                             f'asks for {config.vision_encoder!r}: start from a text model, or leave it as it is')
     elif config.vision_encoder or config.vision_from:
         vision_args, vision_state = read_vision_from(config)
         new = {name: getattr(config, name) for name in knobs_of(VisionConfig) if name not in ('block_size', 'n_embd')}
@@ -223,12 +222,11 @@ def resume_model(config, checkpoint, source):
     """The model of this run's own checkpoint. Raises ValueError if the run cannot continue exactly."""
     model = build_model(checkpoint, source, dropout=config.dropout)
     if config.block_size != model.config.block_size:
-        raise ValueError(f'{source} was trained with block_size {model.config.block_size}, and a resumed run keeps it: '
-                         f'to change it, start from its weights with --init_from={source}')
-    missing = sorted({'optimizer', 'iter_num', 'best_val_loss', 'scaler'} - set(checkpoint))
-    if missing or not isinstance(checkpoint['optimizer'], list):
-        raise ValueError(f'{source} cannot be resumed: it was not written by this train.py; start from its weights with '
-                         f'--init_from={source}')
+        raise ValueError(f'{source} was trained with block_size {model.config.block_size}, and a resumed run keeps '
+                         f'it: to change it, start from its weights with --init_from={source}')
+    if 'scaler' not in checkpoint:  # nanoGPT's checkpoints have none
+        raise ValueError(f'{source} cannot be resumed: it was not written by this train.py; start from its weights '
+                         f'with --init_from={source}')
     for key, old in checkpoint['config'].items():
         new = getattr(config, key, old)
         if new == old or key == 'init_from':
@@ -351,7 +349,7 @@ def orthogonalize(x, steps=5):
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x.mT if is_tall else x
     for _ in range(steps):
-        a = x @ x.mT                                                                     # (N, smaller, smaller)
+        a = x @ x.mT                                                            # (N, smaller, smaller)
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x - 4.775 a x + 2.0315 a a x
     return x.mT if is_tall else x
@@ -401,7 +399,7 @@ def estimate_mfu(flops, seconds, gpu):
 # a step
 
 def get_lr_scale(it, config, top_lr):
-    """The share of its full rate that each part has at step `it`: linear warmup, cosine to min_lr / top_lr."""
+    """The share of its full rate that each part has at step it: linear warmup, cosine to min_lr / top_lr."""
     if not config.decay_lr:
         return 1.0
     if it < config.warmup_iters:
@@ -429,8 +427,8 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
         dist.all_reduce(totals)
     weight, tokens, stop = totals.tolist()
     if not weight:
-        raise ValueError('nothing in this step is in the loss: no example of it has a target left, because the answers '
-                         f'are empty or cut off by block_size ({config.block_size})')
+        raise ValueError('nothing in this step is in the loss: no example of it has a target left, because the '
+                         f'answers are empty or cut off by block_size ({config.block_size})')
     summed = 0
     for i, batch in enumerate(batches):
         if dist_env.ddp:  # gradients are exchanged once a step, with the last micro-batch
@@ -457,7 +455,7 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
 # batches: loader processes that draw and tokenize ahead
 
 def ignore_signals(_):
-    """Ctrl-C and SIGTERM reach all processes: the training process saves first, and then stops the workers."""
+    """Ctrl-C and SIGTERM reach all processes: the training process saves first, then stops the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -512,8 +510,8 @@ def save_checkpoint(path, checkpoint, keep=0):
         if os.path.exists(temporary):
             os.remove(temporary)
         free = shutil.disk_usage(folder or '.').free / 2**20
-        raise OSError(f'could not write {path} ({error}; {free:.0f} MiB are free there): the last good checkpoint is '
-                      'untouched; make space and continue with --init_from=resume') from error
+        raise OSError(f'could not write {path} ({error}; {free:.0f} MiB are free there): the last good '
+                      'checkpoint is untouched; make space and continue with --init_from=resume') from error
     if keep:
         shutil.copy(path, os.path.join(folder, f'ckpt_{checkpoint["iter_num"]:08d}.pt'))
         for older in sorted(glob.glob(os.path.join(folder, 'ckpt_[0-9]*.pt')))[:-keep]:
@@ -557,8 +555,8 @@ def rows_until(path, iter_num):
                 if row['iter'] + ('eval' in row) <= iter_num:
                     kept.append(line)
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number} is not a row of this log ({error}): fix or delete that '
-                                 'line') from None
+                raise ValueError(f'{path}, line {number} is not a row of this log ({error}): fix or delete '
+                                 'that line') from None
     return kept
 
 
@@ -587,18 +585,19 @@ def main():
     # min_lr refers to the GPT's rate; if that is frozen, to the largest one of what is trained
     top_lr = config.learning_rate or max(group['lr'] for group in optimizers[0].param_groups)
     if config.decay_lr and config.min_lr > top_lr:
-        raise ValueError(f'min_lr ({config.min_lr:g}) is above the learning rate ({top_lr:g}), so the rates would rise: '
-                         'lower --min_lr')
+        raise ValueError(f'min_lr ({config.min_lr:g}) is above the learning rate ({top_lr:g}), so '
+                         'the rates would rise: lower --min_lr')
+    dtype = getattr(torch, dist_env.dtype)
     for p in raw_model.param_groups()['gpt'].values():
         if not p.requires_grad:  # frozen weights are kept in the dtype of the computation
-            p.data = p.data.to(getattr(torch, dist_env.dtype))
+            p.data = p.data.to(dtype)
     cache = None
     if config.feature_cache and not config.augment:
         cache = FeatureCache.find(config.dataset, raw_model.config, published_fingerprint(raw_model))
     if cache:
         print_once(f'using cached features from {cache.folder}')
-    scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dist_env.dtype == 'float16')
-    autocast = torch.autocast(dist_env.device_type, getattr(torch, dist_env.dtype), enabled=dist_env.dtype != 'float32')
+    scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(dist_env.device_type, dtype, enabled=dtype != torch.float32)
 
     # resume: the optimizers' state and the counters; everything else is a function of (seed, iter_num)
     iter_num, best_val_loss = 0, math.inf
@@ -609,7 +608,7 @@ def main():
             settings = [dict(group) for group in opt.param_groups]
             opt.load_state_dict(state)
             for group, own in zip(opt.param_groups, settings):
-                group.update(own)  # rates, betas and weight decay given on the command line count, as everywhere
+                group.update(own)  # rates, betas and weight decay of the command line count, as everywhere
     first_iter = iter_num
     checkpoint = None  # free its memory
 
@@ -668,8 +667,8 @@ def main():
                 for group in opt.param_groups:
                     group['lr'] = group['initial_lr'] * scale
 
-            # forward, backward, update
-            torch.manual_seed(config.seed + 1_000_003 * iter_num + dist_env.rank)  # dropout, the same after a resume
+            # forward, backward, update; dropout is the same after a resume
+            torch.manual_seed(config.seed + 1_000_003 * iter_num + dist_env.rank)
             batches = next_batches(loader, config.gradient_accumulation_steps // dist_env.world_size)
             loss, tokens, stop = train_step(model, optimizers, scaler, batches, autocast, config, dist_env, len(signals))
             iter_num += 1
@@ -682,8 +681,8 @@ def main():
             if iter_num % config.log_interval == 0 or iter_num >= config.max_iters:
                 loss_value = loss.item()  # waits for the GPU, so that the time is that of whole steps
                 if not math.isfinite(loss_value):
-                    raise ValueError(f'the loss is {loss_value} after {iter_num} steps: lower the learning rates or check the '
-                                     'data; the last checkpoint is untouched')
+                    raise ValueError(f'the loss is {loss_value} after {iter_num} steps: lower the learning rates '
+                                     'or check the data; the last checkpoint is untouched')
                 seconds = time.time() - t0
                 row = {'iter': iter_num, 'loss': loss_value, 'lr': top_lr * scale,
                        'tokens_per_s': round(tokens_since_log / seconds), 'elapsed_s': round(time.time() - started, 1)}
