@@ -24,7 +24,8 @@ import json
 import math
 import os
 import pickle
-from dataclasses import dataclass, fields, replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        # grouped-query attention, https://arxiv.org/abs/2305.13245: query heads share heads of keys and values
+        # grouped-query attention, https://arxiv.org/abs/2305.13245: query heads share keys and values
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_dim = config.head_dim or config.n_embd // config.n_head
         # key, query, value projections for all heads, but in a batch
@@ -218,10 +219,7 @@ class Transformer(Freezable, nn.ModuleDict):
 class GPT(nn.Module):
 
     def __init__(self, config, load=True, device='cpu'):
-        """
-        load: read the weights of a pretrained encoder; False if those of a checkpoint come next.
-        device: 'meta' makes the text model without memory, for weights that come next.
-        """
+        """If weights come next: load=False reads no pretrained encoder, device='meta' allocates no text model."""
         super().__init__()
         check_config(config)
         self.config = config
@@ -260,11 +258,10 @@ class GPT(nn.Module):
 
     def embed(self, idx, images=None):
         """
-        idx (B, T) int64: <image> ids where image tokens stand, -1 where there is only padding. images:
-        (patches, grid) from vision.collate, all images of the batch in their order, row by row; None for
-        none. Returns embeddings x (B, T, C), with position embeddings added if those are learned, and the
-        positions (B, T). Raises ValueError if the numbers of <image> ids and image tokens differ, or
-        block_size is exceeded.
+        idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: (patches, grid) from
+        vision.collate, all images of the batch, row by row; or None. Returns embeddings (B, T, C), position
+        embeddings included if those are learned, and positions (B, T). Raises ValueError if the numbers of
+        <image> ids and image tokens differ, or block_size is exceeded.
         """
         B, T = idx.shape
         x = self.transformer.wte(idx.clamp(min=0))                              # (B, T, C)
@@ -275,7 +272,7 @@ class GPT(nn.Module):
             emb, valid = self.vision(*images)                                   # (N, L, C), (N, L)
             N, L, C = emb.shape
             n_embeds = valid.sum()
-            # the j-th <image> id of the batch takes the j-th valid embedding; the sort brings those to the front
+            # the j-th <image> id of the batch takes the j-th valid embedding: the sort puts those first
             order = torch.argsort(~valid.flatten(), stable=True)                # (N*L)
             j = (is_image.flatten().cumsum(0) - 1).clamp(0, N * L - 1).view(B, T)
             source = order[j]                                                   # (B, T)
@@ -322,10 +319,10 @@ class GPT(nn.Module):
         return self.run_blocks(x, pos, self.lora_mask(idx))
 
     def run_blocks(self, x, pos, lora_mask, caches=None, cache_pos=None, mask=None):
-        """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one a layer, as in the attention."""
+        """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one for each layer."""
         rope = self.rope(pos)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, rope, lora_mask, None if caches is None else caches[i], cache_pos, mask)
+        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
+            x = block(x, rope, lora_mask, cache, cache_pos, mask)
         return self.transformer.ln_f(x)
 
     def logits(self, idx, images=None):
@@ -355,70 +352,60 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
                  stop_ids=(), allowed=None, generator=None, return_logprobs=False):
         """
-        Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode,
-        as in nanoGPT.
+        Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode.
 
         images       as in `embed`; they are encoded once
         lengths      (B,) prompt lengths: row b is idx[b, :lengths[b]]. None: all are T
         stop_ids     a row that has generated one of them is finished, and filled up with the first of them
-        allowed      bool (vocab_size,): ids that may be generated (Tokenizer.allowed_ids)
+        allowed      bool (vocab_size,): ids that may be generated; None: all but <image>
         temperature, top_k, top_p   as in `sample_token`; generator: a torch.Generator for temperature > 0
 
         Returns (B, T') int64: each row its prompt, its continuation, then padding (0 without stop_ids). A
-        row also ends with its block_size positions. With return_logprobs also (B, T') log-probabilities:
-        the model's own, in nats, before temperature, top_k and top_p; 0 where nothing was generated. Raises
-        ValueError if a prompt alone needs more positions than block_size.
+        row also ends with its block_size positions. With return_logprobs also (B, T') log-probabilities in
+        nats, before temperature, top_k and top_p; 0 where nothing was generated. Raises ValueError if a
+        prompt alone needs more positions than block_size.
         """
         B, T = idx.shape
-        device = idx.device
-        lengths = torch.full((B,), T, device=device) if lengths is None else lengths
-        prompt_mask = torch.arange(T, device=device) < lengths[:, None]         # (B, T)
-        idx = idx.masked_fill(~prompt_mask, -1)
+        rows = torch.arange(B, device=idx.device)
+        lengths = torch.full_like(rows, T) if lengths is None else lengths
+        cache_pos = torch.arange(T, device=idx.device).expand(B, T)
+        idx = idx.masked_fill(cache_pos >= lengths[:, None], -1)
         x, pos = self.embed(idx, images)                                        # (B, T, C), (B, T)
         lora_mask = self.lora_mask(idx)
-        stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-        pad_id = int(stop_ids[0]) if len(stop_ids) else 0
-        rows = torch.arange(B, device=device)
         last = lengths - 1  # where each row's last token is in x
-        positions_left = self.config.block_size - 1 - pos[rows, last]           # (B,) after the prompt
-        steps = min(max_new_tokens, int(positions_left.max()))
-        S = T + steps
+        left = self.config.block_size - 1 - pos[rows, last]  # how many tokens each row may still get
+        left = left.clamp(max=max_new_tokens)                                   # (B,)
+        S = T + int(left.max())
+        slots = torch.arange(S, device=idx.device)
         caches = self.empty_cache(B, S)
-        cache_pos = torch.arange(T, device=device).expand(B, T)
-        out = F.pad(idx.masked_fill(~prompt_mask, pad_id), (0, steps), value=pad_id)  # (B, S)
-        logprobs = torch.zeros((B, S), device=device)
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        slots = torch.arange(S, device=device)
-        column = lengths - 1
-        for step in range(steps):
+        if allowed is None:  # <image> stands for pixels, and a new one has none
+            allowed = torch.arange(self.config.vocab_size, device=idx.device) != self.config.image_token
+        pad_id = stop_ids[0] if len(stop_ids) else 0
+        stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=idx.device)
+        out = F.pad(idx.masked_fill(idx < 0, pad_id), (0, S - T), value=pad_id)  # (B, S)
+        logprobs = torch.zeros((B, S), device=idx.device)
+        while (left > 0).any():
             mask = slots <= cache_pos[:, None, :, None]                         # (B, 1, T or 1, S)
             x = self.run_blocks(x, pos, lora_mask, caches, cache_pos, mask)     # (B, T or 1, C)
-            logits = self.next_logits(x[rows, last], allowed)                   # (B, vocab_size)
+            logits = self.lm_head(x[rows, last]).float()                        # (B, vocab_size)
+            logits = logits.masked_fill(~allowed, -math.inf)
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
-            done = done | (step >= positions_left)
-            column = lengths + step                                             # (B,) of the new tokens
+            done = left <= 0
             if return_logprobs:
-                logprobs[rows, column] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
+                logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = new.masked_fill(done, pad_id)
-            out[rows, column] = new
-            done = done | torch.isin(new, stop_ids)
-            if done.all():
-                break
+            out[rows, lengths] = new
+            left = (left - 1).masked_fill(torch.isin(new, stop_ids), 0)
             # the new token is the next query: it comes after its own row's text, at the next position
-            cache_pos = column[:, None]                                         # (B, 1)
-            lora_mask = None if lora_mask is None else lora_mask[:, -1:]        # (B, 1, 1)
+            cache_pos = lengths[:, None]                                        # (B, 1)
+            lengths = lengths + 1
+            if lora_mask is not None:
+                lora_mask = lora_mask[:, -1:]                                   # (B, 1, 1)
             pos = (pos[rows, last, None] + 1).clamp(max=self.config.block_size - 1)  # (B, 1)
             x = self.add_position_embedding(self.transformer.wte(new[:, None]), pos)  # (B, 1, C)
             last = 0
-        end = int(column.max()) + 1
+        end = lengths.max()
         return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
-
-    def next_logits(self, x, allowed):
-        """The head's input (B, C) -> float32 logits (B, vocab_size), -inf for what must not be generated."""
-        logits = self.lm_head(x).float()
-        if self.config.image_token >= 0:
-            logits[:, self.config.image_token] = -math.inf  # it stands for pixels, and there are none
-        return logits if allowed is None else logits.masked_fill(~allowed, -math.inf)
 
     def empty_cache(self, batch_size, length):
         """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer."""
@@ -434,9 +421,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, **overrides):
         """
-        A GPT-2, Llama or Qwen3 of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B'), or of a
-        local folder with config.json and model.safetensors. Its weights keep the file's dtype,
-        memory-mapped; .float() is for a CPU.
+        A GPT-2, Llama or Qwen3 of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B') or in a
+        folder. Its weights keep the file's dtype, memory-mapped; .float() is for a CPU.
         """
         return load_model(name, **overrides)
 
@@ -494,34 +480,37 @@ def load_model(source, **overrides):
 
 def read_weights(source):
     """
-    Any source of weights as one dict, that of nanoGPT's checkpoints. source: a ckpt.pt of nanoGPT or
-    train.py, the glimpse.safetensors of an export, a GPT-2, Llama, Qwen3 or BLIP-2 of Hugging Face, by hub
-    name or folder.
+    Any source of weights as one dict, that of nanoGPT's checkpoints: a ckpt.pt of nanoGPT or train.py, the
+    glimpse.safetensors of an export, a GPT-2, Llama, Qwen3 or BLIP-2 of Hugging Face, by hub name or folder.
 
         model, model_args   {name: tensor} by our names, {field of GPTConfig: value}
         config              knobs of the run that made it; its 'tokenizer' names the tokenizer
         base_model          None, or {'init_from', 'fingerprint'} of the model that LoRA's updates adapt
         vision_fingerprint  of a pretrained encoder whose weights are not in `model`, but published
-        and whatever else a checkpoint of train.py holds
 
-    Raises ValueError in one sentence for what is none of these.
+    Raises ValueError for what is none of these.
     """
     source = str(source)
-    if is_published(source):
-        checkpoint = read_published(source)
-    elif source.endswith('.safetensors'):
+    if source.endswith('.safetensors'):
         checkpoint = read_export(source)
-    else:
+    elif source.endswith('.pt') or os.path.isfile(source):
         checkpoint = read_checkpoint(source)
-    unknown = sorted(set(checkpoint['model_args']) - {f.name for f in fields(GPTConfig)})
+    else:
+        checkpoint = read_published(source)
+    checkpoint = {'config': {}, 'base_model': None, 'vision_fingerprint': '', **checkpoint}
+    args = checkpoint['model_args']
+    unknown = sorted(set(args) - set(vars(GPTConfig())))
     if unknown:
         raise ValueError(f'{source}: model_args has {", ".join(unknown)}, which this GPT does not know')
-    checkpoint['model'] = {strip_prefixes(name): p for name, p in checkpoint['model'].items()}
-    base_model = checkpoint.get('base_model')
-    if base_model:
-        base_state = read_base_model(source, base_model, checkpoint['model_args'])
-        checkpoint['model'] = {**base_state, **checkpoint['model']}
-    return {'config': {}, 'base_model': None, 'vision_fingerprint': '', **checkpoint}
+    state = {strip_prefixes(name): p for name, p in checkpoint['model'].items()}
+    if checkpoint['base_model']:
+        state = {**read_base_model(source, checkpoint['base_model'], args), **state}
+    wte = state.get('transformer.wte.weight')
+    if wte is not None and args.get('tie_weights', True):
+        head = state.setdefault('lm_head.weight', wte)  # some files hold the table once
+        if not torch.equal(head, wte):
+            raise ValueError(f'{source}: lm_head.weight is not tied to transformer.wte.weight')
+    return {**checkpoint, 'model': state}
 
 
 def read_checkpoint(path):
@@ -545,12 +534,9 @@ def read_export(path):
     """The dict in a glimpse.safetensors that sample.py --export has written."""
     try:
         state, metadata = read_safetensors(path)
-        checkpoint = json.loads(metadata['glimpse'])
+        return {**json.loads(metadata['glimpse']), 'model': state}
     except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f'{path} cannot be read as a model that sample.py --export has written: {error}') from error
-    if checkpoint['model_args']['tie_weights']:
-        state['lm_head.weight'] = state['transformer.wte.weight']
-    return {**checkpoint, 'model': state}
 
 
 def read_base_model(path, base_model, args):
@@ -568,35 +554,41 @@ def read_base_model(path, base_model, args):
 def build_model(checkpoint, source, **overrides):
     """
     The GPT, or QFormerPretraining, of a dict of `read_weights`, with some fields of its GPTConfig changed:
-    a larger vocab_size, vision fields, which add vision to a text-only model, lora_rank, which adds LoRA's
-    updates, or merges them if it is 0, ... The tensors become the model's own, without a copy;
-    model.load_report is the table of what was loaded. Raises ValueError, with the list, if names or shapes
-    do not fit.
+    vision fields add vision to a text-only model, lora_rank adds LoRA's updates, or merges them if it is 0.
+    The tensors become the model's own, without a copy; model.load_report is the table of what was loaded.
+    Raises ValueError, with the list, if names or shapes do not fit.
     """
     state, args = checkpoint['model'], checkpoint['model_args']
     config = complete_config(GPTConfig(**{**args, **overrides}))
     old_rank = args.get('lora_rank', 0)
+    if old_rank and config.lora_rank not in (0, old_rank):
+        raise ValueError(f'{source} has LoRA updates of rank {old_rank}: continue with that lora_rank, or merge '
+                         f'them by lora_rank=0; {config.lora_rank} is neither')
     merges_lora = old_rank and not config.lora_rank
-    if old_rank:
-        check_lora(config, args, source)
-        config = replace(config, lora_rank=old_rank)
+    if merges_lora and args.get('lora_scope') == 'image':
+        raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: '
+                         f'continue with lora_rank={old_rank}')
+    if config.vocab_size < args.get('vocab_size', 0):
+        raise ValueError(f'{source} has vocab_size {args["vocab_size"]}, not {config.vocab_size}: a vocabulary does '
+                         'not shrink')
     has = lambda part: any(part in name for name in state)
     is_gpt = config.objective == 'lm'
     if is_gpt and not has('transformer.h.'):
         raise ValueError(f'{source} holds no GPT: --vision_from={source} takes over its Q-Former')
+    if merges_lora:
+        config = replace(config, lora_rank=old_rank)
     model = new_model(config, load=not has('vision.encoder.'), device='meta')
     expected = checkpoint['vision_fingerprint']
     if expected and model.vision.encoder.fingerprint != expected:
         raise ValueError(f'{config.vision_encoder}: these are not the weights that the model was trained with '
                          f'(fingerprint {model.vision.encoder.fingerprint}, expected {expected})')
-    adds_vision = is_gpt and config.vision_encoder and not has('vision.')
     # what the checkpoint has nothing of is new, or published
     optional = [part for part in ('.lora_', 'vision.', 'vision.encoder.tower.') if not has(part)]
     model.load_report = load_weights(model, state, source, args, optional)
     model.base_model = checkpoint['base_model']
     if config.lora_rank and not old_rank:
         model.base_model = {'init_from': source, 'fingerprint': fingerprint(state)}
-    if adds_vision:
+    if is_gpt and config.vision_encoder and not has('vision.'):
         model.match_rms()
     if merges_lora:
         model.merge_lora()
@@ -608,17 +600,6 @@ def new_model(config, load=True, device='cpu'):
     if config.objective != 'lm':
         return QFormerPretraining(config, load)
     return GPT(config, load, device)
-
-
-def check_lora(config, args, source):
-    """Raises ValueError if a checkpoint's LoRA updates cannot be continued or merged as the config says."""
-    rank = args['lora_rank']
-    if config.lora_rank not in (0, rank):
-        raise ValueError(f'{source} has LoRA updates of rank {rank}: continue with that lora_rank, or merge them by '
-                         f'lora_rank=0; {config.lora_rank} is neither')
-    if not config.lora_rank and args.get('lora_scope') == 'image':
-        raise ValueError(f'{source} has LoRA updates that act only after an image and cannot be merged: '
-                         f'continue with lora_rank={rank}')
 
 
 # tables whose rows may be more or fewer than a checkpoint's, and the field that counts them
@@ -633,28 +614,22 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
     every tensor of `state` in the model, in its shape, except
 
         optional  parts of names: such a tensor may be absent from one side, or have another shape there
-        args      model_args of `state`: its RESIZABLE tables may have more or fewer rows than the model's. Old
-                  rows stay as they are, so the logits of text do not change by a bit
+        args      model_args of `state`: its RESIZABLE tables may have more or fewer rows than the model's.
+                  Old rows stay as they are, so the logits of text do not change by a bit
 
-    Returns the table of what was loaded, grown and new. Raises ValueError with the list of what does not
-    fit.
+    Returns the table of what was loaded, grown and new. Raises ValueError with what does not fit.
     """
     own = {name: p for name, p in model.state_dict().items() if name.startswith(only)}
     is_optional = lambda name: any(part in name for part in optional)
     wrong = [f'unexpected {name}' for name in state if name not in own and not is_optional(name)]
-    wte, head = state.get('transformer.wte.weight'), state.get('lm_head.weight')
-    if model.config.tie_weights and wte is not None and head is not None and not torch.equal(wte, head):
-        wrong.append('lm_head.weight is not tied to transformer.wte.weight')
-    loaded, table = {}, {}
+    loaded, table = {}, defaultdict(list)
     for name, p in own.items():
         action, note = 'loaded', ''
         old = state.get(name)
-        rows = RESIZABLE.get(name)
-        if old is not None and rows in args and len(old) == args[rows] != len(p):
+        counts = RESIZABLE.get(name)
+        if old is not None and counts in args and len(old) == args[counts] != len(p):
             action = 'grown' if len(old) < len(p) else 'cropped'
             note = f'{len(old)} -> {len(p)} rows'
-            if action == 'cropped' and rows == 'vocab_size':
-                wrong.append(f'{name} has {note}: a vocabulary does not shrink')
             old = resize_embedding(old, len(p))
         if old is not None and old.shape == p.shape:
             loaded[name] = old
@@ -665,12 +640,10 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
         else:
             wrong.append(f'{name} is {tuple(old.shape)}, not {tuple(p.shape)}')
         group = 'LoRA' if '.lora_' in name else '.'.join(name.split('.')[:2])
-        table.setdefault((action, group, note), []).append(p.numel())
-    if wrong or not loaded:
+        table[action, group, note].append(p.numel())
+    if wrong:
         raise ValueError(f'{source} does not hold the weights that its configuration asks for: ' + '; '.join(wrong))
     model.load_state_dict(loaded, strict=False, assign=True)  # strict=True is what has been done above
-    if any(name.startswith('vision.encoder.') for name in loaded):
-        model.vision.encoder.fingerprint = ''
     if model.config.objective == 'lm' and model.config.tie_weights:
         model.transformer.wte.weight = model.lm_head.weight
     return '\n'.join(f'{action:<9} {group:<18} {len(sizes):>4} tensors {sum(sizes) / 1e6:>9.2f}M  {note}'.rstrip()
@@ -679,9 +652,8 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
 
 def resize_embedding(table, rows):
     """
-    The first rows of a table; or all of them, then new ones: the mean of the old with a little noise,
-    always the same. A new token is then hardly likely
-    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
+    The first rows of a table; or all of them, then new ones: the mean of the old with a little noise, always
+    the same. A new token is then hardly likely (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     noise = torch.randn(max(0, rows - len(table)), table.shape[1], generator=torch.Generator().manual_seed(0))
     new = table.mean(0, dtype=torch.float32) + 0.02 * noise
@@ -693,8 +665,9 @@ def checkpoint_state(model):
     The tensors that a checkpoint has to hold: not those that a name and a fingerprint bring back, of a
     frozen pretrained encoder, and in a LoRA run of the model that it adapts.
     """
+    left_out = ('vision.encoder.',) if published_fingerprint(model) else ()
     return {name: p for name, p in model.state_dict().items()
-            if not (name.startswith('vision.encoder.') and published_fingerprint(model))
+            if not name.startswith(left_out)
             and (not model.base_model or name.startswith('vision.') or '.lora_' in name)}
 
 
@@ -705,11 +678,14 @@ def published_fingerprint(model):
     return model.vision.encoder.fingerprint
 
 
-# what vision_from takes over: the fields of GPTConfig that describe an encoder and its images, and a Q-Former
-ENCODER_FIELDS = ('vision_encoder', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'vision_n_layer',
-                  'vision_n_head', 'vision_n_embd', 'vision_layer', 'vision_cls', 'image_fit', 'image_size', 'image_mean',
-                  'image_std')
-QFORMER_FIELDS = ('n_queries', 'qformer_n_layer', 'qformer_n_head', 'qformer_n_embd', 'qformer_cross_every')
+# what vision_from takes over: the fields of GPTConfig that describe an encoder and its images
+ENCODER_FIELDS = ('vision_encoder', 'vision_n_layer', 'vision_n_head', 'vision_n_embd', 'vision_layer',
+                  'vision_cls', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'image_fit',
+                  'image_size', 'image_mean', 'image_std')
+# those of a Q-Former, and their names in BLIP-2's config.json
+QFORMER_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
+                  'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
+                  'qformer_cross_every': 'cross_attention_frequency'}
 # the Q-Former's text side, which belongs to a vocabulary and which a connector does not have
 QFORMER_TEXT = ('.wte.', '.wpe.', '.text_mlp.')
 
@@ -724,7 +700,7 @@ def vision_of(checkpoint, source, connector):
     state = {name: p.float() for name, p in checkpoint['model'].items() if name.startswith(prefixes)}
     names = ENCODER_FIELDS if args['vision_encoder'] else ()
     if any(name.startswith('vision.qformer.') for name in state):
-        names += QFORMER_FIELDS
+        names += tuple(QFORMER_FIELDS)
     elif args['vision_encoder'] != 'vit':
         raise ValueError(f'vision_from={source} has no small ViT to take over; a Q-Former needs --connector=qformer')
     return {name: args[name] for name in names}, state
@@ -732,8 +708,10 @@ def vision_of(checkpoint, source, connector):
 
 def load_vision_from(model, state, source):
     """Loads the tensors of `vision_of` into a model. Returns the table of what was loaded."""
-    parts = tuple({'.'.join(name.split('.')[:2]) for name in state})  # vision.encoder, vision.qformer
-    return load_weights(model, state, source, only=parts, optional=QFORMER_TEXT)
+    parts = {'.'.join(name.split('.')[:2]) for name in state}  # vision.encoder, vision.qformer
+    if 'vision.encoder' in parts:
+        model.vision.encoder.fingerprint = ''  # other weights than the published ones
+    return load_weights(model, state, source, only=tuple(parts), optional=QFORMER_TEXT)
 
 
 def strip_prefixes(name):
@@ -744,29 +722,27 @@ def strip_prefixes(name):
 # -----------------------------------------------------------------------------
 # Hugging Face's layouts
 
-GPT2 = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
-        'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
 # fields of GPTConfig and their names in config.json
 GPT2_FIELDS = {'n_layer': 'n_layer', 'n_head': 'n_head', 'n_embd': 'n_embd', 'block_size': 'n_positions',
                'vocab_size': 'vocab_size', 'n_inner': 'n_inner', 'norm_eps': 'layer_norm_epsilon',
                'tie_weights': 'tie_word_embeddings'}
 LLAMA_FIELDS = {'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads', 'n_embd': 'hidden_size',
-                'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size', 'n_inner': 'intermediate_size',
-                'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings', 'n_kv_head': 'num_key_value_heads',
-                'head_dim': 'head_dim', 'rope_theta': 'rope_theta'}
-BLIP2_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
-                'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
-                'qformer_cross_every': 'cross_attention_frequency'}
+                'block_size': 'max_position_embeddings', 'vocab_size': 'vocab_size',
+                'n_inner': 'intermediate_size', 'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings',
+                'n_kv_head': 'num_key_value_heads', 'head_dim': 'head_dim', 'rope_theta': 'rope_theta'}
+# tensors of old files that are no weights: the causal mask, RoPE's speeds, 0, 1, 2, ...
+CONSTANTS = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq', 'position_ids')
 GPT2_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # OpenAI's layers are [in, out]
 # activation_function of a GPT-2 -> gelu_approximate
 GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
 # parts of names, Llama's and Qwen3's -> ours; their q_proj, k_proj and v_proj are our c_attn
-LLAMA = {'model.embed_tokens': 'transformer.wte', 'model.layers': 'transformer.h', 'model.norm': 'transformer.ln_f',
-         'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2', 'self_attn.o_proj': 'attn.c_proj',
-         'self_attn.q_norm': 'attn.q_norm', 'self_attn.k_norm': 'attn.k_norm', 'mlp.up_proj': 'mlp.c_fc',
-         'mlp.gate_proj': 'mlp.c_gate', 'mlp.down_proj': 'mlp.c_proj'}
+LLAMA = {'model.embed_tokens': 'transformer.wte', 'model.layers': 'transformer.h',
+         'model.norm': 'transformer.ln_f', 'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2',
+         'self_attn.o_proj': 'attn.c_proj', 'self_attn.q_norm': 'attn.q_norm', 'self_attn.k_norm': 'attn.k_norm',
+         'mlp.up_proj': 'mlp.c_fc', 'mlp.gate_proj': 'mlp.c_gate', 'mlp.down_proj': 'mlp.c_proj'}
 
 # parts of names, BLIP-2's Q-Former's -> ours
 BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.encoder.layer': 'h',
@@ -779,30 +755,26 @@ BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.en
          '.dense': '.proj', '.LayerNorm': '.ln', '.query.': '.q.', '.key.': '.k.', '.value.': '.v.'}
 
 
-def is_published(source):
-    """Whether it names a model of Hugging Face: a folder, gpt2 to gpt2-xl, or OWNER/NAME on the hub."""
-    on_hub = source.count('/') == 1 and not source.endswith(('.pt', '.safetensors')) and not os.path.exists(source)
-    return source in GPT2 or os.path.isdir(source) or on_hub
-
-
 def published_folder(source):
-    """The folder of such a model; one on the hub is downloaded once. Raises ValueError if that fails."""
+    """The folder of a published model; one on the hub is downloaded once. Raises ValueError if that fails."""
     if os.path.isdir(source):
         return source
     from huggingface_hub import snapshot_download
     patterns = ['config.json', 'model*.safetensors*', 'token*.json', 'chat_template.jinja']
+    name = f'openai-community/{source}' if source in GPT2 else source
     try:
-        return snapshot_download(GPT2.get(source, source), allow_patterns=patterns)
+        return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # the hub's client raises many of its own
         raise ValueError(f'{source} is not in the cache of huggingface_hub and cannot be downloaded '
-                         f'({type(error).__name__}): connect once, or take a folder with its config.json and '
-                         'model.safetensors, --init_from=FOLDER') from error
+                         f'({type(error).__name__}): connect once, or name a checkpoint that is there, or a '
+                         'folder with its config.json and model.safetensors, --init_from=FOLDER') from error
 
 
 def read_published(source):
     """`read_weights` for a published model. Raises ValueError for an architecture that is not supported."""
     config, tensors = read_tensors(source)
     config = {key: value for key, value in config.items() if value is not None}  # null is the default
+    tensors = {name: p for name, p in tensors.items() if not name.endswith(CONSTANTS)}
     readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen3': read_llama, 'blip-2': read_blip2}
     model_type = config.get('model_type')
     path = f'{source}/config.json'
@@ -814,8 +786,6 @@ def read_published(source):
         raise ValueError(f'{path} is no complete configuration of a {model_type}: it has no {error}') from None
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'{path} is of a model that this GPT does not compute: {error}') from None
-    if args.get('tie_weights') and 'transformer.wte.weight' in state:
-        state.setdefault('lm_head.weight', state['transformer.wte.weight'])  # stored once
     tokenizer = 'gpt2' if source in GPT2 else source
     return {'model': state, 'model_args': args, 'config': {'tokenizer': tokenizer}}
 
@@ -834,12 +804,12 @@ def read_tensors(source):
         for shard in shards:
             path = folder / shard
             tensors.update(read_safetensors(path)[0])
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         raise ValueError(f'{source} holds no model: expected config.json and model.safetensors, but '
-                         f'{error.filename or path} is not there') from None
+                         f'{path} is not there') from None
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
-    return config, {strip_prefixes(name): p for name, p in tensors.items()}
+    return config, tensors
 
 
 def read_safetensors(path):
@@ -850,7 +820,7 @@ def read_safetensors(path):
     tensors = {}
     for name in names:
         with safe_open(path, 'pt') as f:
-            tensors[name] = f.get_tensor(name)
+            tensors[strip_prefixes(name)] = f.get_tensor(name)
     return tensors, metadata
 
 
@@ -859,11 +829,6 @@ def check_supported(config, expected):
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise ValueError(f'its {key} is {config[key]!r}, not {value!r}')
-
-
-def fields_of(config, table):
-    """{field of GPTConfig: value} of a config.json."""
-    return {ours: config[theirs] for ours, theirs in table.items()}
 
 
 def rename(name, table):
@@ -875,21 +840,19 @@ def rename(name, table):
 
 def read_gpt2(config, tensors):
     """A GPT-2's config.json and tensors as model_args and state dict."""
-    config = {'activation_function': 'gelu_new', 'n_inner': 0, 'layer_norm_epsilon': 1e-5, 'tie_word_embeddings': True,
-              **config}
+    config = {'activation_function': 'gelu_new', 'n_inner': 0, 'layer_norm_epsilon': 1e-5,
+              'tie_word_embeddings': True, **config}
     activation = config['activation_function']
     if activation not in GELU:
         raise ValueError(f'its activation_function is {activation!r}, not one of {", ".join(GELU)}')
     check_supported(config, {'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False})
-    args = {**fields_of(config, GPT2_FIELDS), 'bias': True, 'gelu_approximate': GELU[activation]}
+    args = {ours: config[theirs] for ours, theirs in GPT2_FIELDS.items()}
+    args.update(bias=True, gelu_approximate=GELU[activation])
     state = {}
     for name, p in tensors.items():
-        name = name.removeprefix('transformer.')
-        if name.endswith(('.attn.bias', '.attn.masked_bias')):  # the causal mask, not weights
-            continue
-        if name.endswith(GPT2_TRANSPOSED):
-            p = p.t().contiguous()
-        state[name if name == 'lm_head.weight' else f'transformer.{name}'] = p
+        if name != 'lm_head.weight':
+            name = 'transformer.' + name.removeprefix('transformer.')
+        state[name] = p.t().contiguous() if name.endswith(GPT2_TRANSPOSED) else p
     return args, state
 
 
@@ -902,10 +865,9 @@ def read_llama(config, tensors):
     check_supported(config, {
         'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'use_sliding_window': False,
         'rope_type': 'default', 'type': 'default', 'partial_rotary_factor': 1.0})
-    args = {**fields_of(config, LLAMA_FIELDS), 'bias': False, 'norm': 'rmsnorm', 'position': 'rope', 'mlp': 'swiglu',
-            'qk_norm': is_qwen}
-    state = {rename(name, LLAMA): p for name, p in tensors.items()
-             if not name.endswith('rotary_emb.inv_freq')}  # of old files: a constant, not a weight
+    args = {ours: config[theirs] for ours, theirs in LLAMA_FIELDS.items()}
+    args.update(bias=False, norm='rmsnorm', position='rope', mlp='swiglu', qk_norm=is_qwen)
+    state = {rename(name, LLAMA): p for name, p in tensors.items()}
     for i in range(args['n_layer']):
         names = [f'transformer.h.{i}.self_attn.{x}_proj.weight' for x in 'qkv']
         if all(name in state for name in names):
@@ -915,20 +877,18 @@ def read_llama(config, tensors):
 
 def read_blip2(config, tensors):
     """
-    The Q-Former in a BLIP-2's config.json and tensors, as model_args and tensors named vision.qformer.*: 32
-    queries that attend to the penultimate layer of EVA-CLIP's ViT-g/14, 1408 wide. Its text side is among
-    them if the file has it.
+    The Q-Former of a BLIP-2, with its text side if the file has that, as model_args and tensors named
+    vision.qformer.*: 32 queries that attend to the penultimate layer of EVA-CLIP's ViT-g/14, 1408 wide.
     """
     config = {**config, **config.get('qformer_config', {})}
     check_supported(config, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
                              'intermediate_size': 4 * config.get('hidden_size', 768)})
     # BLIP-2's defaults are VisionConfig's
-    args = {ours: config[theirs] for ours, theirs in BLIP2_FIELDS.items() if theirs in config}
+    args = {ours: config[theirs] for ours, theirs in QFORMER_FIELDS.items() if theirs in config}
     args['connector'] = 'qformer'
     state = {}
     for name, p in tensors.items():
-        is_qformer = name.startswith(('qformer.', 'query_tokens', 'embeddings.', 'vision_model.post_layernorm.'))
-        if is_qformer and not name.endswith('position_ids'):  # of old files: a constant, not a weight
+        if name.startswith(('qformer.', 'query_tokens', 'embeddings.', 'vision_model.post_layernorm.')):
             name = rename(name, BLIP2)
             state[f'vision.qformer.{name}'] = p[0] if name == 'queries' else p
     return args, state
@@ -949,21 +909,24 @@ def to_hugging_face(model):
     switches = c.norm, c.position, c.mlp
     is_multi_head = attn.c_attn.weight.shape[0] == 3 * c.n_embd
     if switches == ('layernorm', 'learned', 'gelu') and not c.qk_norm and is_multi_head:
-        name, table = 'GPT2LMHeadModel', GPT2_FIELDS
-        config = {'model_type': 'gpt2', 'activation_function': 'gelu_new' if c.gelu_approximate == 'tanh' else 'gelu'}
+        config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'],
+                  'activation_function': 'gelu_new' if c.gelu_approximate == 'tanh' else 'gelu'}
+        table = GPT2_FIELDS
         state = dict(to_gpt2(state, c.bias))
     elif switches == ('rmsnorm', 'rope', 'swiglu') and not c.bias:
         model_type = 'qwen3' if c.qk_norm else 'llama'
-        name, table = f'{model_type.title()}ForCausalLM', LLAMA_FIELDS
-        config = {'model_type': model_type, 'hidden_act': 'silu', 'attention_bias': False,
+        config = {'model_type': model_type, 'architectures': [f'{model_type.title()}ForCausalLM'],
                   'rope_parameters': {'rope_theta': c.rope_theta, 'rope_type': 'default'}}
+        table = LLAMA_FIELDS
         state = dict(to_llama(state, attn))
     else:
         raise ValueError(f'no class of Hugging Face computes norm {c.norm}, position {c.position}, mlp {c.mlp}, '
                          f'{"with" if c.bias else "without"} bias{" and qk_norm" * c.qk_norm}')
-    values = {**vars(c), 'n_inner': c.n_inner or 4 * c.n_embd, 'n_kv_head': attn.n_kv_head, 'head_dim': attn.head_dim}
+    n_inner = c.n_inner or 4 * c.n_embd
+    values = {**vars(c), 'n_inner': n_inner, 'n_kv_head': attn.n_kv_head, 'head_dim': attn.head_dim}
     config.update({theirs: values[ours] for ours, theirs in table.items()})
-    return {**config, 'architectures': [name], 'dtype': str(model.lm_head.weight.dtype)[6:]}, state
+    config['dtype'] = str(model.lm_head.weight.dtype).removeprefix('torch.')
+    return config, state
 
 
 def to_gpt2(state, bias):

@@ -12,7 +12,9 @@ Writes to out_dir: ckpt.pt (newest), ckpt_best.pt (lowest val_loss), log.jsonl a
 """
 
 import atexit
+import functools
 import glob
+import itertools
 import json
 import math
 import multiprocessing
@@ -117,27 +119,28 @@ compile = torch.cuda.is_available()  # use torch.compile to make the model faste
 
 
 def setup_distributed(config):
-    """Chooses the device and joins torchrun's other processes: rank, world_size, device, device_type, dtype, ddp."""
+    """Joins torchrun's other processes: a namespace of rank, world_size, ddp, device, device_type and dtype."""
+    ddp = 'RANK' in os.environ
     rank = int(os.environ.get('RANK', 0))
     world_size = int(os.environ.get('WORLD_SIZE', 1))
-    dist_env = SimpleNamespace(rank=rank, world_size=world_size, device=config.device or find_device(),
-                               ddp='RANK' in os.environ)
-    dist_env.device_type = dist_env.device.split(':')[0]
-    if dist_env.device_type not in ('cuda', 'mps', 'cpu'):
-        raise ValueError(f'device must be cuda, mps or cpu, got {dist_env.device!r}')
-    if config.gradient_accumulation_steps % dist_env.world_size:
-        raise ValueError(f'gradient_accumulation_steps ({config.gradient_accumulation_steps}) counts the micro-batches '
-                         f'of all processes and must be a multiple of their number ({dist_env.world_size})')
-    if dist_env.ddp:
-        if dist_env.device_type == 'cuda':
-            dist_env.device = f'cuda:{os.environ["LOCAL_RANK"]}'
-            torch.cuda.set_device(dist_env.device)
-        dist.init_process_group(backend=config.backend or ('nccl' if dist_env.device_type == 'cuda' else 'gloo'))
-    dist_env.dtype = config.dtype or best_dtype(dist_env.device_type)
-    if dist_env.dtype not in ('bfloat16', 'float16', 'float32'):
-        raise ValueError(f'dtype must be bfloat16, float16 or float32, got {dist_env.dtype!r}')
+    device = config.device or find_device()
+    device_type = device.split(':')[0]
+    if ddp and device_type == 'cuda':
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    dtype = config.dtype or best_dtype(device_type)
+    if device_type not in ('cuda', 'mps', 'cpu'):
+        raise ValueError(f'device must be cuda, mps or cpu, got {device!r}')
+    if dtype not in ('bfloat16', 'float16', 'float32'):
+        raise ValueError(f'dtype must be bfloat16, float16 or float32, got {dtype!r}')
+    if config.gradient_accumulation_steps % world_size:
+        raise ValueError(f'gradient_accumulation_steps ({config.gradient_accumulation_steps}) counts the '
+                         f'micro-batches of all processes and must be a multiple of their number ({world_size})')
+    if ddp:
+        dist.init_process_group(backend=config.backend or ('nccl' if device_type == 'cuda' else 'gloo'))
     torch.set_float32_matmul_precision('high')  # tf32 on CUDA
-    return dist_env
+    return SimpleNamespace(rank=rank, world_size=world_size, ddp=ddp, device=device, device_type=device_type,
+                           dtype=dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -154,8 +157,8 @@ def init_model(config):
     checkpoint = read_weights(source)
     config.tokenizer = config.tokenizer or checkpoint['config'].get('tokenizer', '')
     if not config.tokenizer:
-        raise ValueError(f'{source} does not say which tokenizer it was trained with: name it, as --tokenizer=gpt2, or '
-                         '--tokenizer=data/NAME/meta.pkl of a nanoGPT character dataset')
+        raise ValueError(f'{source} does not say which tokenizer it was trained with: name it, as '
+                         '--tokenizer=gpt2, or --tokenizer=data/NAME/meta.pkl of a nanoGPT character dataset')
     enc = get_tokenizer(config.tokenizer, config.system_prompt)
     if resumes:
         return resume_model(config, checkpoint, source), enc, checkpoint
@@ -167,26 +170,28 @@ def init_from_scratch(config, enc):
     if config.lora_rank:
         raise ValueError('lora_rank adapts a trained model: name one with --init_from')
     args = {name: getattr(config, name) for name in knobs_of(GPTConfig)}
-    args['vocab_size'] = pad_vocab(enc.n_vocab)
-    args['image_token'] = enc.image_id
     vision_args, vision_state = read_vision_from(config)
-    model = new_model(complete_config(GPTConfig(**{**args, **vision_args})))
+    args.update(vision_args, vocab_size=pad_vocab(enc.n_vocab), image_token=enc.image_id)
+    model = new_model(complete_config(GPTConfig(**args)))
     if vision_state:
         print_once(load_vision_from(model, vision_state, config.vision_from))
     return model
 
 
 def init_from_checkpoint(config, enc, checkpoint):
-    """
-    The model of init_from with what this run adds to it: positions, special tokens, vision if it is
-    text-only, LoRA. Its own shape and its own vision stay as they are.
-    """
+    """The model of init_from, to which this run adds positions, tokens, LoRA, and vision if it has none."""
     source = config.init_from
     known = vars(GPTConfig(**checkpoint['model_args']))
     if config.objective != known['objective']:
-        raise ValueError(f'a run with objective {config.objective} cannot start from {source}, which was trained with '
-                         f'{known["objective"]}: --vision_from={source} takes over its encoder and Q-Former')
-    check_tokenizer(config, enc, known)
+        raise ValueError(f'a run with objective {config.objective} cannot start from {source}, which was trained '
+                         f'with {known["objective"]}: --vision_from={source} takes over its encoder and Q-Former')
+    # the model has a row for each id of the tokenizer's text, for some special tokens, and a few more
+    spare = known['vocab_size'] - enc.n_text
+    other_image_token = known['vision_encoder'] and known['image_token'] != enc.image_id
+    if not 0 <= spare <= max(64, enc.n_text // 256) or other_image_token:
+        raise ValueError(f'{source} was not trained with the tokenizer {enc.name}: it has {known["vocab_size"]} '
+                         f'tokens, the tokenizer {enc.n_text} and its special ones; name the one it was trained '
+                         'with by --tokenizer')
     args = {name: getattr(config, name) for name in ('dropout', 'block_size', 'lora_rank', 'lora_dropout')}
     if not known['lora_rank']:  # updates that are there already act as they were trained to
         args.update(lora_alpha=config.lora_alpha, lora_scope=config.lora_scope)
@@ -195,8 +200,8 @@ def init_from_checkpoint(config, enc, checkpoint):
     vision_state = {}
     if known['vision_encoder']:
         if config.vision_encoder not in ('', known['vision_encoder']):
-            raise ValueError(f'{source} already has a vision encoder, {known["vision_encoder"]!r}, and this run asks for '
-                             f'{config.vision_encoder!r}: start from a text model, or leave vision_encoder as it is')
+            raise ValueError(f'{source} already has a vision encoder, {known["vision_encoder"]!r}, and this run '
+                             f'asks for {config.vision_encoder!r}: start from a text model, or leave it as it is')
     elif config.vision_encoder or config.vision_from:
         vision_args, vision_state = read_vision_from(config)
         new = {name: getattr(config, name) for name in knobs_of(VisionConfig) if name not in ('block_size', 'n_embd')}
@@ -217,12 +222,11 @@ def resume_model(config, checkpoint, source):
     """The model of this run's own checkpoint. Raises ValueError if the run cannot continue exactly."""
     model = build_model(checkpoint, source, dropout=config.dropout)
     if config.block_size != model.config.block_size:
-        raise ValueError(f'{source} was trained with block_size {model.config.block_size}, and a resumed run keeps it: '
-                         f'to change it, start from its weights with --init_from={source}')
-    missing = sorted({'optimizer', 'iter_num', 'best_val_loss', 'scaler'} - set(checkpoint))
-    if missing or not isinstance(checkpoint['optimizer'], list):
-        raise ValueError(f'{source} cannot be resumed: it was not written by this train.py; start from its weights with '
-                         f'--init_from={source}')
+        raise ValueError(f'{source} was trained with block_size {model.config.block_size}, and a resumed run keeps '
+                         f'it: to change it, start from its weights with --init_from={source}')
+    if 'scaler' not in checkpoint:  # nanoGPT's checkpoints have none
+        raise ValueError(f'{source} cannot be resumed: it was not written by this train.py; start from its weights '
+                         f'with --init_from={source}')
     for key, old in checkpoint['config'].items():
         new = getattr(config, key, old)
         if new == old or key == 'init_from':
@@ -244,16 +248,6 @@ def read_vision_from(config):
     return vision_args, state
 
 
-def check_tokenizer(config, enc, known):
-    """Raises ValueError unless the model has the tokenizer's ids: text, some special tokens, a few more rows."""
-    spare = known['vocab_size'] - enc.n_text
-    other_image_token = known['vision_encoder'] and known['image_token'] != enc.image_id
-    if not 0 <= spare <= max(64, enc.n_text // 256) or other_image_token:
-        raise ValueError(f'{config.init_from} was not trained with the tokenizer {enc.name}: it has {known["vocab_size"]} '
-                         f'tokens, the tokenizer {enc.n_text} and its special ones; name the one it was trained with by '
-                         '--tokenizer')
-
-
 def pad_vocab(n):
     """A multiple of 64, for efficiency; the spare ids are never generated."""
     return -(-n // 64) * 64
@@ -270,26 +264,23 @@ def print_once(text):
 
 def configure_optimizers(model, config):
     """
-    A list of optimizers over the parts of a model, each with its own learning rate: the GPT
-    (config.learning_rate), the encoder (vision_lr), the Q-Former (qformer_lr) and the connector
-    (connector_lr). A rate of 0 freezes the part: no gradient, no optimizer state, eval mode. Matrices and
-    embeddings decay, biases and norms don't. With lora_rank the GPT's own weights are frozen too, and
-    learning_rate is that of the updates. What is trained becomes float32, whatever it was loaded as: a
-    small update is lost in the rounding of bfloat16.
+    A list of optimizers over the parts of a model, each with its own learning rate: learning_rate of the
+    GPT, vision_lr, qformer_lr and connector_lr. A rate of 0 freezes the part: no gradient, no optimizer
+    state, eval mode. Matrices and embeddings decay, biases and norms don't. With lora_rank only the updates
+    of the GPT are trained. What is trained becomes float32: a small update is lost in bfloat16's rounding.
 
-    config.optimizer 'adamw', or 'muon': the hidden matrices of the Transformer blocks, those and nothing
-    else, are trained by Muon at muon_lr, times vision_lr / learning_rate in the encoder. Every group keeps
-    its full rate as 'initial_lr'; the training loop scales it by the schedule. Raises ValueError if nothing
-    is left to train.
+    Under optimizer 'muon', Muon trains the hidden matrices of the Transformer blocks at muon_lr, times
+    vision_lr / learning_rate in the encoder. A group's 'initial_lr' is its full rate, which the training loop
+    scales by the schedule. Raises ValueError if nothing is left to train.
     """
     if config.optimizer not in ('adamw', 'muon'):
         raise ValueError(f'optimizer must be adamw or muon, got {config.optimizer!r}')
     rates = {'gpt': config.learning_rate, 'vision': config.vision_lr, 'qformer': config.qformer_lr,
              'connector': config.connector_lr}
-    groups = {'adamw': [], 'muon': []}
+    adamw_groups, muon_groups = [], []
     for part, named in model.param_groups().items():
         lr = rates[part]
-        matrices, vectors, hidden = [], [], []
+        hidden, matrices, vectors = [], [], []
         for name, p in named.items():
             p.requires_grad_(lr > 0 and (part != 'gpt' or not model.config.lora_rank or '.lora_' in name))
             if not p.requires_grad:
@@ -297,22 +288,22 @@ def configure_optimizers(model, config):
             p.data = p.data.float()
             if config.optimizer == 'muon' and '.h.' in name and p.dim() == 2 and '.lora_' not in name:
                 hidden.append(p)
+            elif p.dim() >= 2:
+                matrices.append(p)
             else:
-                (matrices if p.dim() >= 2 else vectors).append(p)
+                vectors.append(p)
         hidden_lr = config.muon_lr * lr / (config.learning_rate or lr or 1)
-        groups['adamw'].append(dict(params=matrices, lr=lr, weight_decay=config.weight_decay))
-        groups['adamw'].append(dict(params=vectors, lr=lr, weight_decay=0.0))
-        groups['muon'].append(dict(params=hidden, lr=hidden_lr, weight_decay=config.weight_decay))
-    groups = {name: [group for group in all_groups if group['params']] for name, all_groups in groups.items()}
+        muon_groups.append(dict(params=hidden, lr=hidden_lr, weight_decay=config.weight_decay))
+        adamw_groups.append(dict(params=matrices, lr=lr, weight_decay=config.weight_decay))
+        adamw_groups.append(dict(params=vectors, lr=lr, weight_decay=0.0))
+    adamw = functools.partial(torch.optim.AdamW, betas=(config.beta1, config.beta2), fused=True)
     optimizers = []
-    if groups['adamw']:
-        optimizers.append(torch.optim.AdamW(groups['adamw'], betas=(config.beta1, config.beta2), fused=True))
-    if groups['muon']:
-        optimizers.append(Muon(groups['muon']))
+    for make_optimizer, groups in ((adamw, adamw_groups), (Muon, muon_groups)):
+        groups = [{**group, 'initial_lr': group['lr']} for group in groups if group['params']]
+        if groups:
+            optimizers.append(make_optimizer(groups))
     if not optimizers:
         raise ValueError('the learning rates of all parts of this model are 0: nothing is left to train')
-    for group in (group for opt in optimizers for group in opt.param_groups):
-        group['initial_lr'] = group['lr']
     model.train(model.training)
     return optimizers
 
@@ -320,13 +311,12 @@ def configure_optimizers(model, config):
 class Muon(torch.optim.Optimizer):
     """
     Muon (https://kellerjordan.github.io/posts/muon): SGD with Nesterov momentum whose update, a matrix, is
-    replaced by the nearest orthogonal matrix, approximately, so that all of its directions count alike;
-    with decoupled weight decay. Steps as torch.optim.Muon does, but orthogonalizes all matrices of one
-    shape in one call: there are many small ones.
+    replaced by roughly the nearest orthogonal matrix, so that all of its directions count alike; with
+    decoupled weight decay. Steps as torch.optim.Muon does, but orthogonalizes all matrices of one shape in
+    one call: there are many small ones.
     """
 
     def __init__(self, groups, momentum=0.95):
-        """groups: dicts with params, lr and weight_decay."""
         super().__init__(groups, dict(momentum=momentum))
 
     @torch.no_grad()
@@ -359,7 +349,7 @@ def orthogonalize(x, steps=5):
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x.mT if is_tall else x
     for _ in range(steps):
-        a = x @ x.mT                                                                     # (N, smaller, smaller)
+        a = x @ x.mT                                                            # (N, smaller, smaller)
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x - 4.775 a x + 2.0315 a a x
     return x.mT if is_tall else x
@@ -399,15 +389,17 @@ def estimate_flops(model, batch):
 def estimate_mfu(flops, seconds, gpu):
     """Model flops utilization: the share of a GPU's peak FLOPS, or None if its peak is not known here."""
     name = torch.cuda.get_device_name(gpu)
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-    return flops / seconds / peak if peak else None
+    for part, peak in PEAK_FLOPS.items():
+        if part in name:
+            return flops / seconds / peak
+    return None
 
 
 # -----------------------------------------------------------------------------
 # a step
 
 def get_lr_scale(it, config, top_lr):
-    """The share of its full rate that each part has at step `it`: linear warmup, cosine to min_lr / top_lr."""
+    """The share of its full rate that each part has at step it: linear warmup, cosine to min_lr / top_lr."""
     if not config.decay_lr:
         return 1.0
     if it < config.warmup_iters:
@@ -423,8 +415,8 @@ def get_lr_scale(it, config, top_lr):
 def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, stop):
     """
     One optimizer step over this rank's micro-batches. The gradient is that of the mean loss over everything
-    in the loss, whichever rank and micro-batch it is in: a mean of means would weigh short answers more.
-    Returns (loss in nats, number of tokens, whether any rank wants to stop).
+    in the loss, on all ranks: a mean of means would weigh short answers more. Returns (loss in nats, number
+    of tokens, whether any rank wants to stop).
     """
     raw_model = model.module if dist_env.ddp else model
     weight = sum(raw_model.loss_weight(batch) for batch in batches)
@@ -435,9 +427,9 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
         dist.all_reduce(totals)
     weight, tokens, stop = totals.tolist()
     if not weight:
-        raise ValueError('nothing in this step is in the loss: no example of it has a target left, because the answers '
-                         f'are empty or cut off by block_size ({config.block_size})')
-    summed = torch.zeros((), device=dist_env.device)
+        raise ValueError('nothing in this step is in the loss: no example of it has a target left, because the '
+                         f'answers are empty or cut off by block_size ({config.block_size})')
+    summed = 0
     for i, batch in enumerate(batches):
         if dist_env.ddp:  # gradients are exchanged once a step, with the last micro-batch
             model.require_backward_grad_sync = i == len(batches) - 1
@@ -451,7 +443,7 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
     for opt in optimizers:
         scaler.unscale_(opt)
     if config.grad_clip:
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     for opt in optimizers:
         scaler.step(opt)
         opt.zero_grad(set_to_none=True)
@@ -463,10 +455,7 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
 # batches: loader processes that draw and tokenize ahead
 
 def ignore_signals(_):
-    """
-    Ctrl-C and SIGTERM, which a scheduler sends to all processes at once, are left to the training process:
-    that one saves first, and stops the workers when it exits.
-    """
+    """Ctrl-C and SIGTERM reach all processes: the training process saves first, then stops the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -494,10 +483,10 @@ def open_loader(rows, config, enc, model_config, dist_env, iter_num, cache):
 
 def next_batches(loader, n):
     """The micro-batches of this rank's next step. Raises ValueError if one of them could not be made."""
-    batches = [next(loader) for _ in range(n)]
-    errors = [batch['error'] for batch in batches if 'error' in batch]
-    if errors:
-        raise ValueError(errors[0])
+    batches = list(itertools.islice(loader, n))
+    for batch in batches:
+        if 'error' in batch:
+            raise ValueError(batch['error'])
     return batches
 
 
@@ -506,9 +495,8 @@ def next_batches(loader, n):
 
 def save_checkpoint(path, checkpoint, keep=0):
     """
-    Writes to a temporary name and renames: whatever happens meanwhile, the last good file stays. With
-    `keep`, the file also stays as ckpt_ITER.pt, and only the newest `keep` of those. Raises OSError if it
-    cannot be written.
+    Writes to a temporary name and renames: whatever happens meanwhile, the last good file stays. `keep`: how
+    many copies to keep as ckpt_ITER.pt, the newest ones. Raises OSError if it cannot be written.
     """
     temporary = path + '.tmp'
     folder = os.path.dirname(path)
@@ -522,8 +510,8 @@ def save_checkpoint(path, checkpoint, keep=0):
         if os.path.exists(temporary):
             os.remove(temporary)
         free = shutil.disk_usage(folder or '.').free / 2**20
-        raise OSError(f'could not write {path} ({error}; {free:.0f} MiB are free there): the last good checkpoint is '
-                      'untouched; make space and continue with --init_from=resume') from error
+        raise OSError(f'could not write {path} ({error}; {free:.0f} MiB are free there): the last good '
+                      'checkpoint is untouched; make space and continue with --init_from=resume') from error
     if keep:
         shutil.copy(path, os.path.join(folder, f'ckpt_{checkpoint["iter_num"]:08d}.pt'))
         for older in sorted(glob.glob(os.path.join(folder, 'ckpt_[0-9]*.pt')))[:-keep]:
@@ -533,14 +521,11 @@ def save_checkpoint(path, checkpoint, keep=0):
 class Log:
     """log.jsonl, from the first process only. A resumed run drops the rows that came after its checkpoint."""
 
-    def __init__(self, config, dist_env, iter_num):
+    def __init__(self, config, iter_num):
         self.path = os.path.join(config.out_dir, 'log.jsonl')
         self.wandb = None
-        self.is_master = dist_env.rank == 0
-        if not self.is_master:
-            return
         os.makedirs(config.out_dir, exist_ok=True)
-        kept = self.rows_until(iter_num) if iter_num and os.path.exists(self.path) else []
+        kept = rows_until(self.path, iter_num) if iter_num and os.path.exists(self.path) else []
         with open(self.path + '.tmp', 'w', encoding='utf-8') as f:
             f.writelines(kept)
         os.replace(self.path + '.tmp', self.path)
@@ -551,29 +536,28 @@ class Log:
                 raise ValueError('wandb_log needs wandb: pip install "glimpse[wandb]"') from None
             self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=vars(config))
 
-    def rows_until(self, iter_num):
-        """The lines of the steps before iter_num. The evaluation at iter_num itself is repeated."""
-        kept = []
-        with open(self.path, encoding='utf-8', errors='replace') as f:
-            for number, line in enumerate(f, 1):
-                if not line.endswith('\n'):  # the run was killed while it wrote this one
-                    break
-                try:
-                    row = json.loads(line)
-                    is_before = row['iter'] + ('eval' in row) <= iter_num
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f'{self.path}, line {number} is not a row of this log ({error}): fix or delete that '
-                                     'line') from None
-                if is_before:
-                    kept.append(line)
-        return kept
-
     def write(self, row):
-        if self.is_master:
-            with open(self.path, 'a', encoding='utf-8') as f:
-                f.write(json.dumps(row) + '\n')
-            if self.wandb:
-                self.wandb.log({**row.get('eval', row), 'iter': row['iter']}, step=row['iter'])
+        with open(self.path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(row) + '\n')
+        if self.wandb:
+            self.wandb.log({**row.get('eval', row), 'iter': row['iter']}, step=row['iter'])
+
+
+def rows_until(path, iter_num):
+    """The lines of the steps before iter_num. The evaluation at iter_num itself is repeated."""
+    kept = []
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for number, line in enumerate(f, 1):
+            if not line.endswith('\n'):  # the run was killed while it wrote this one
+                break
+            try:
+                row = json.loads(line)
+                if row['iter'] + ('eval' in row) <= iter_num:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number} is not a row of this log ({error}): fix or delete '
+                                 'that line') from None
+    return kept
 
 
 def print_parameters(model, dist_env):
@@ -601,18 +585,19 @@ def main():
     # min_lr refers to the GPT's rate; if that is frozen, to the largest one of what is trained
     top_lr = config.learning_rate or max(group['lr'] for group in optimizers[0].param_groups)
     if config.decay_lr and config.min_lr > top_lr:
-        raise ValueError(f'min_lr ({config.min_lr:g}) is above the learning rate ({top_lr:g}), so the rates would rise: '
-                         'lower --min_lr')
+        raise ValueError(f'min_lr ({config.min_lr:g}) is above the learning rate ({top_lr:g}), so '
+                         'the rates would rise: lower --min_lr')
+    dtype = getattr(torch, dist_env.dtype)
     for p in raw_model.param_groups()['gpt'].values():
         if not p.requires_grad:  # frozen weights are kept in the dtype of the computation
-            p.data = p.data.to(getattr(torch, dist_env.dtype))
+            p.data = p.data.to(dtype)
     cache = None
     if config.feature_cache and not config.augment:
         cache = FeatureCache.find(dataset_folder(config.dataset), raw_model.config, published_fingerprint(raw_model))
     if cache:
         print_once(f'using cached features from {cache.folder}')
-    scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dist_env.dtype == 'float16')
-    autocast = torch.autocast(dist_env.device_type, getattr(torch, dist_env.dtype), enabled=dist_env.dtype != 'float32')
+    scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(dist_env.device_type, dtype, enabled=dtype != torch.float32)
 
     # resume: the optimizers' state and the counters; everything else is a function of (seed, iter_num)
     iter_num, best_val_loss = 0, math.inf
@@ -620,16 +605,16 @@ def main():
         iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
         scaler.load_state_dict(checkpoint['scaler'])
         for opt, state in zip(optimizers, checkpoint['optimizer']):
-            settings = [{key: value for key, value in group.items() if key != 'params'} for group in opt.param_groups]
+            settings = [dict(group) for group in opt.param_groups]
             opt.load_state_dict(state)
             for group, own in zip(opt.param_groups, settings):
-                group.update(own)  # rates, betas and weight decay given on the command line count, as everywhere
+                group.update(own)  # rates, betas and weight decay of the command line count, as everywhere
     first_iter = iter_num
     checkpoint = None  # free its memory
 
     evaluation = Evaluation(config, enc, raw_model, dist_env, cache)
     loader = open_loader(rows, config, enc, raw_model.config, dist_env, iter_num, cache)
-    log = Log(config, dist_env, iter_num)
+    log = Log(config, iter_num) if dist_env.rank == 0 else None
     model = torch.compile(raw_model) if config.compile else raw_model
     if dist_env.ddp:
         model = DDP(model, device_ids=[dist_env.device] if dist_env.device_type == 'cuda' else None)
@@ -664,11 +649,11 @@ def main():
                 if iter_num > first_iter and (config.always_save_checkpoint or is_last):
                     save('ckpt.pt')
                 result, sheet, _ = evaluation.run(raw_model, autocast)
-                log.write({'iter': iter_num, 'eval': result, 'elapsed_s': round(time.time() - started, 1)})
-                if sheet and dist_env.rank == 0:
-                    sheet.save(os.path.join(config.out_dir, 'samples.png'))
-                if dist_env.rank == 0:
+                if log:
+                    log.write({'iter': iter_num, 'eval': result, 'elapsed_s': round(time.time() - started, 1)})
                     tqdm.write(f'step {iter_num}: ' + ', '.join(f'{k} {v:.4g}' for k, v in result.items()), file=sys.stderr)
+                    if sheet:
+                        sheet.save(os.path.join(config.out_dir, 'samples.png'))
                 if result['val_loss'] < best_val_loss and iter_num > 0 and not config.eval_only:
                     best_val_loss = result['val_loss']
                     save('ckpt_best.pt')
@@ -678,11 +663,12 @@ def main():
 
             # learning rates of this step
             scale = get_lr_scale(iter_num, config, top_lr)
-            for group in (group for opt in optimizers for group in opt.param_groups):
-                group['lr'] = group['initial_lr'] * scale
+            for opt in optimizers:
+                for group in opt.param_groups:
+                    group['lr'] = group['initial_lr'] * scale
 
-            # forward, backward, update
-            torch.manual_seed(config.seed + 1_000_003 * iter_num + dist_env.rank)  # dropout, the same after a resume
+            # forward, backward, update; dropout is the same after a resume
+            torch.manual_seed(config.seed + 1_000_003 * iter_num + dist_env.rank)
             batches = next_batches(loader, config.gradient_accumulation_steps // dist_env.world_size)
             loss, tokens, stop = train_step(model, optimizers, scaler, batches, autocast, config, dist_env, len(signals))
             iter_num += 1
@@ -695,16 +681,17 @@ def main():
             if iter_num % config.log_interval == 0 or iter_num >= config.max_iters:
                 loss_value = loss.item()  # waits for the GPU, so that the time is that of whole steps
                 if not math.isfinite(loss_value):
-                    raise ValueError(f'the loss is {loss_value} after {iter_num} steps: lower the learning rates or check the '
-                                     'data; the last checkpoint is untouched')
+                    raise ValueError(f'the loss is {loss_value} after {iter_num} steps: lower the learning rates '
+                                     'or check the data; the last checkpoint is untouched')
                 seconds = time.time() - t0
                 row = {'iter': iter_num, 'loss': loss_value, 'lr': top_lr * scale,
                        'tokens_per_s': round(tokens_since_log / seconds), 'elapsed_s': round(time.time() - started, 1)}
-                mfu = estimate_mfu(flops_since_log, seconds, dist_env.device) if dist_env.device_type == 'cuda' else None
-                if mfu is not None:
+                mfu = estimate_mfu(flops_since_log, seconds, dist_env.device) if flops_since_log else None
+                if mfu:
                     row['mfu'] = mfu
-                log.write(row)
-                bar.set_postfix(loss=f'{row["loss"]:.3f}', tokens_per_s=row['tokens_per_s'])
+                if log:
+                    log.write(row)
+                bar.set_postfix(loss=f'{loss_value:.3f}', tokens_per_s=row['tokens_per_s'])
                 tokens_since_log, flops_since_log = 0, 0
                 t0 = time.time()
 
