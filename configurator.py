@@ -19,10 +19,8 @@ import runpy
 import sys
 from pathlib import Path
 
-
 def configure(knobs, config_class=None, argv=None):
-    """
-    Overrides the knobs in a script's globals() by config files and --key=value, in their order. Returns
+    """Overrides the knobs in a script's globals() by config files and --key=value, in their order. Returns
     {name: value} of all knobs; the script's own are set in its globals as well.
 
     A knob is a global whose value is a bool, int, float, str or a tuple of str, or another field of the
@@ -39,7 +37,6 @@ def configure(knobs, config_class=None, argv=None):
     knobs.update((name, values[name]) for name in own)
     return values
 
-
 def run_command(commands, argv=None):
     """Runs `SCRIPT NAME --key=value`: calls commands[NAME]; its keyword arguments are the knobs."""
     argv = sys.argv[1:] if argv is None else argv
@@ -53,10 +50,8 @@ def run_command(commands, argv=None):
         raise ValueError(f'expected a command: {", ".join(commands)}; --help says what each does')
     return call_with_knobs(commands[argv[0]], argv[1:])
 
-
 def call_with_knobs(function, argv, *positional):
-    """
-    Calls function(*positional, **knobs); its keyword arguments, overridden by argv, are the knobs. A
+    """Calls function(*positional, **knobs); its keyword arguments, overridden by argv, are the knobs. A
     parameter annotated with a dataclass gives that dataclass's fields as knobs and receives an instance.
     """
     values = {}
@@ -75,11 +70,9 @@ def call_with_knobs(function, argv, *positional):
         values[name] = cls(**{field: values.pop(field) for field in knobs_of(cls)})
     return function(*positional, **values)
 
-
 def is_knob(name, value):
     """CONSTANTS and _private names are no knobs."""
     return name.islower() and not name.startswith('_') and isinstance(value, (bool, int, float, str, tuple))
-
 
 def knobs_of(config_class):
     """{field: default} of a dataclass, without the fields that follow from others (metadata derived)."""
@@ -87,11 +80,9 @@ def knobs_of(config_class):
         return {}
     return {f.name: f.default for f in dataclasses.fields(config_class) if not f.metadata.get('derived')}
 
-
 def unwrap(function):
     """The function of a functools.partial."""
     return getattr(function, 'func', function)
-
 
 def override(values, argv):
     """Sets values[key] for each --key=value, and for each assignment in a config file."""
@@ -115,7 +106,6 @@ def override(values, argv):
         values[key] = tuple(texts) if takes_many else convert(key, texts[0], old)
         print(f'overriding: {key} = {values[key]!r}', file=sys.stderr)
 
-
 def run_config_file(path, values):
     """Runs a config file, which can read the present values; every name that it sets must be a knob."""
     if not Path(path).is_file():
@@ -131,14 +121,12 @@ def run_config_file(path, values):
         check_known(key, values, f'{path}: {key}')
         values[key] = check_type(value, values[key], f'{path}: {key}')
 
-
 def check_known(key, values, where):
     """Raises ValueError, naming the closest knobs, unless `key` is one."""
     if key not in values:
         close = difflib.get_close_matches(key, values, n=3, cutoff=0.5)
         hint = f'did you mean {" or ".join(close)}?' if close else '--help lists all knobs'
         raise ValueError(f'{where} is not a knob of this script: {hint}')
-
 
 def convert(key, text, old):
     """The command line's text as the type of the knob's present value: '1' is a float for a float."""
@@ -154,7 +142,6 @@ def convert(key, text, old):
         value = int(value)
     return check_type(value, old, f'--{key}')
 
-
 def check_type(value, old, where):
     """The value, if it is of the type of `old`; an int is a float, too. Else raises ValueError."""
     if isinstance(old, float) and type(value) is int:
@@ -163,10 +150,8 @@ def check_type(value, old, where):
         raise ValueError(f'{where} must be {type(old).__name__}, like {old!r}, got {value!r}')
     return value
 
-
 def asks_for_help(argv):
     return '--help' in argv or '-h' in argv
-
 
 def print_help(doc, values, source, classes):
     """Prints every knob as '--name=value  # comment', in the sources' order, with their headings; exits."""
@@ -184,7 +169,6 @@ def print_help(doc, values, source, classes):
         continued = re.sub('^#  +', ' ' * 43 + '# ', line.strip())  # of the comment above
         heading = heading + continued + '\n' if is_comment else ''
     sys.exit(0)
-
 
 def run(main):
     """Runs a script's main(). A user's mistake ends in one sentence; `python -X dev` shows the traceback."""

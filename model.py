@@ -36,7 +36,6 @@ from torch.nn import functional as F
 from vision import (Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint,
                     group_parameters)
 
-
 @dataclass
 class GPTConfig(VisionConfig):
     n_layer: int = 12
@@ -60,7 +59,6 @@ class GPTConfig(VisionConfig):
     lora_dropout: float = 0.0
     lora_scope: str = 'all'   # image: the update acts from a sequence's first image on
 
-
 def check_config(config):
     """Raises ValueError for a configuration that no GPT can have."""
     choices = {'norm': ('layernorm', 'rmsnorm'), 'position': ('learned', 'rope'), 'mlp': ('gelu', 'swiglu'),
@@ -78,13 +76,11 @@ def check_config(config):
     if config.position == 'rope' and (config.head_dim or config.n_embd // config.n_head) % 2:
         raise ValueError('position rope rotates pairs of values: it needs an even head_dim')
 
-
 # -----------------------------------------------------------------------------
 # layers
 
 class Linear(nn.Linear):
-    """
-    nn.Linear, and with lora_rank r > 0 a low-rank update of it: y = W x + alpha / r * B A x, of which only
+    """nn.Linear, and with lora_rank r > 0 a low-rank update of it: y = W x + alpha / r * B A x, of which only
     A (r, in) and B (out, r) are trained. B starts at zero: the model starts as it was.
     """
 
@@ -113,23 +109,19 @@ class Linear(nn.Linear):
             self.lora_a = None
             self.lora_b = None
 
-
 def make_norm(ndim, config):
     """LayerNorm with an optional bias, or RMSNorm, https://arxiv.org/abs/1910.07467."""
     if config.norm == 'layernorm':
         return nn.LayerNorm(ndim, config.norm_eps, bias=config.bias)
     return nn.RMSNorm(ndim, config.norm_eps)
 
-
 def apply_rope(x, cos, sin):
-    """
-    RoPE, https://arxiv.org/abs/2104.09864. x (B, T, nh, hs): queries or keys. cos, sin (B, T, 1, hs / 2).
+    """RoPE, https://arxiv.org/abs/2104.09864. x (B, T, nh, hs): queries or keys. cos, sin (B, T, 1, hs / 2).
     The pair (i, i + hs / 2) of each head is rotated by position * theta**(-2 i / hs). The product of a
     query and a key then depends on the difference of their positions alone.
     """
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
-
 
 class CausalSelfAttention(nn.Module):
 
@@ -150,8 +142,7 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, rope=None, lora_mask=None, cache=None, cache_pos=None, mask=None):
-        """
-        x (B, T, C); rope: (cos, sin) as in `apply_rope`, None for learned positions; lora_mask (B, T, 1),
+        """x (B, T, C); rope: (cos, sin) as in `apply_rope`, None for learned positions; lora_mask (B, T, 1),
         bool: the tokens at which LoRA's updates act, None for all. Without a cache: causal attention over
         the T tokens. With one, a pair of tensors (B, S, n_kv_head, hs): the keys and values of these T
         tokens are written to its positions cache_pos (B, T), and the queries attend to those that `mask`
@@ -176,7 +167,6 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)                                        # all heads concatenated
         return self.resid_dropout(self.c_proj(y, lora_mask))
 
-
 class MLP(nn.Module):
 
     def __init__(self, config):
@@ -194,7 +184,6 @@ class MLP(nn.Module):
         inner = F.silu(self.c_gate(x, lora_mask)) * inner if self.c_gate else self.gelu(inner)
         return self.dropout(self.c_proj(inner, lora_mask))
 
-
 class Block(nn.Module):
 
     def __init__(self, config):
@@ -208,13 +197,11 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), rope, lora_mask, *cache)
         return x + self.mlp(self.ln_2(x), lora_mask)
 
-
 # -----------------------------------------------------------------------------
 # the GPT
 
 class Transformer(Freezable, nn.ModuleDict):
     """The layers of a GPT. While they are frozen they stay in eval mode: they cannot adapt to dropout."""
-
 
 class GPT(nn.Module):
 
@@ -257,8 +244,7 @@ class GPT(nn.Module):
     # a sequence with images in it
 
     def embed(self, idx, images=None):
-        """
-        idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: (patches, grid) from
+        """idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: (patches, grid) from
         vision.collate, all images of the batch, row by row; or None. Returns embeddings (B, T, C), position
         embeddings included if those are learned, and positions (B, T). Raises ValueError if the numbers of
         <image> ids and image tokens differ, or block_size is exceeded.
@@ -305,8 +291,7 @@ class GPT(nn.Module):
         return angles.cos(), angles.sin()
 
     def lora_mask(self, idx):
-        """
-        Where LoRA's updates act, (B, T, 1), None for everywhere. lora_scope 'image': from the first image
+        """Where LoRA's updates act, (B, T, 1), None for everywhere. lora_scope 'image': from the first image
         on, which is how Phi-4 Multimodal keeps its language, https://arxiv.org/abs/2503.01743.
         """
         if self.config.lora_scope == 'all':
@@ -330,8 +315,7 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(idx, images))
 
     def forward(self, batch):
-        """
-        A batch of prepare_data.collate: idx, targets (B, T) int64, -1 for padding, and in targets where
+        """A batch of prepare_data.collate: idx, targets (B, T) int64, -1 for padding, and in targets where
         nothing is in the loss; images as in `embed`. Returns {'lm': cross entropy in nats, summed over the
         targets}.
         """
@@ -351,8 +335,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
                  stop_ids=(), allowed=None, generator=None, return_logprobs=False):
-        """
-        Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode.
+        """Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode.
 
         images       as in `embed`; they are encoded once
         lengths      (B,) prompt lengths: row b is idx[b, :lengths[b]]. None: all are T
@@ -420,8 +403,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
-        """
-        A GPT-2, Llama or Qwen3 of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B') or in a
+        """A GPT-2, Llama or Qwen3 of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B') or in a
         folder. Its weights keep the file's dtype, memory-mapped; .float() is for a CPU.
         """
         return load_model(name, **overrides)
@@ -447,10 +429,8 @@ class GPT(nn.Module):
         self.config = replace(self.config, lora_rank=0)
         self.base_model = None
 
-
 def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
-    """
-    One id for each row of logits (B, vocab_size).
+    """One id for each row of logits (B, vocab_size).
 
     temperature  0 takes the most likely token (greedy)
     top_k        sample from the k most likely tokens only; None or 0 for all
@@ -469,7 +449,6 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
-
 # -----------------------------------------------------------------------------
 # weights: one way in for all sources
 
@@ -477,10 +456,8 @@ def load_model(source, **overrides):
     """The model of any source that `read_weights` reads, with some fields of its configuration changed."""
     return build_model(read_weights(source), source, **overrides)
 
-
 def read_weights(source):
-    """
-    Any source of weights as one dict, that of nanoGPT's checkpoints: a ckpt.pt of nanoGPT or train.py, the
+    """Any source of weights as one dict, that of nanoGPT's checkpoints: a ckpt.pt of nanoGPT or train.py, the
     glimpse.safetensors of an export, a GPT-2, Llama, Qwen3 or BLIP-2 of Hugging Face, by hub name or folder.
 
         model, model_args   {name: tensor} by our names, {field of GPTConfig: value}
@@ -512,7 +489,6 @@ def read_weights(source):
             raise ValueError(f'{source}: lm_head.weight is not tied to transformer.wte.weight')
     return {**checkpoint, 'model': state}
 
-
 def read_checkpoint(path):
     """The dict in a .pt file, on the CPU. weights_only: what wants to run code when opened is refused."""
     try:
@@ -529,7 +505,6 @@ def read_checkpoint(path):
         raise ValueError(f'{path} is no glimpse or nanoGPT checkpoint: it has no "model" and "model_args"')
     return checkpoint
 
-
 def read_export(path):
     """The dict in a glimpse.safetensors that sample.py --export has written."""
     try:
@@ -537,7 +512,6 @@ def read_export(path):
         return {**json.loads(metadata['glimpse']), 'model': state}
     except (FileNotFoundError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f'{path} cannot be read as a model that sample.py --export has written: {error}') from error
-
 
 def read_base_model(path, base_model, args):
     """The model that the LoRA updates in `path` adapt, with as many rows as the model with them has."""
@@ -550,10 +524,8 @@ def read_base_model(path, base_model, args):
     resized = {name: resize_embedding(state[name], args[key]) for name, key in RESIZABLE.items() if name in state}
     return {**state, **resized}
 
-
 def build_model(checkpoint, source, **overrides):
-    """
-    The GPT, or QFormerPretraining, of a dict of `read_weights`, with some fields of its GPTConfig changed:
+    """The GPT, or QFormerPretraining, of a dict of `read_weights`, with some fields of its GPTConfig changed:
     vision fields add vision to a text-only model, lora_rank adds LoRA's updates, or merges them if it is 0.
     The tensors become the model's own, without a copy; model.load_report is the table of what was loaded.
     Raises ValueError, with the list, if names or shapes do not fit.
@@ -594,23 +566,19 @@ def build_model(checkpoint, source, **overrides):
         model.merge_lora()
     return model
 
-
 def new_model(config, load=True, device='cpu'):
     """The GPT with random weights, or what config.objective trains without one."""
     if config.objective != 'lm':
         return QFormerPretraining(config, load)
     return GPT(config, load, device)
 
-
 # tables whose rows may be more or fewer than a checkpoint's, and the field that counts them
 RESIZABLE = {'transformer.wte.weight': 'vocab_size', 'lm_head.weight': 'vocab_size',
              'transformer.wpe.weight': 'block_size'}
 
-
 @torch.no_grad()
 def load_weights(model, state, source, args=(), optional=(), only=''):
-    """
-    strict=False, made safe: every tensor of the model whose name starts with `only` must be in `state`, and
+    """strict=False, made safe: every tensor of the model whose name starts with `only` must be in `state`, and
     every tensor of `state` in the model, in its shape, except
 
         optional  parts of names: such a tensor may be absent from one side, or have another shape there
@@ -649,20 +617,16 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
     return '\n'.join(f'{action:<9} {group:<18} {len(sizes):>4} tensors {sum(sizes) / 1e6:>9.2f}M  {note}'.rstrip()
                      for (action, group, note), sizes in table.items())
 
-
 def resize_embedding(table, rows):
-    """
-    The first rows of a table; or all of them, then new ones: the mean of the old with a little noise, always
+    """The first rows of a table; or all of them, then new ones: the mean of the old with a little noise, always
     the same. A new token is then hardly likely (https://nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     noise = torch.randn(max(0, rows - len(table)), table.shape[1], generator=torch.Generator().manual_seed(0))
     new = table.mean(0, dtype=torch.float32) + 0.02 * noise
     return torch.cat([table[:rows], new.to(table.dtype)])
 
-
 def checkpoint_state(model):
-    """
-    The tensors that a checkpoint has to hold: not those that a name and a fingerprint bring back, of a
+    """The tensors that a checkpoint has to hold: not those that a name and a fingerprint bring back, of a
     frozen pretrained encoder, and in a LoRA run of the model that it adapts.
     """
     left_out = ('vision.encoder.',) if published_fingerprint(model) else ()
@@ -670,13 +634,11 @@ def checkpoint_state(model):
             if not name.startswith(left_out)
             and (not model.base_model or name.startswith('vision.') or '.lora_' in name)}
 
-
 def published_fingerprint(model):
     """The fingerprint of the model's encoder if its weights are still the published ones, else ''."""
     if model.vision is None or any(p.requires_grad for p in model.vision.encoder.parameters()):
         return ''
     return model.vision.encoder.fingerprint
-
 
 # what vision_from takes over: the fields of GPTConfig that describe an encoder and its images
 ENCODER_FIELDS = ('vision_encoder', 'vision_n_layer', 'vision_n_head', 'vision_n_embd', 'vision_layer',
@@ -689,10 +651,8 @@ QFORMER_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidde
 # the Q-Former's text side, which belongs to a vocabulary and which a connector does not have
 QFORMER_TEXT = ('.wte.', '.wpe.', '.text_mlp.')
 
-
 def vision_of(checkpoint, source, connector):
-    """
-    What a model with this connector takes over of another one's encoder and Q-Former: ({field of GPTConfig:
+    """What a model with this connector takes over of another one's encoder and Q-Former: ({field of GPTConfig:
     value}, {name: tensor}). BLIP-2 gives its Q-Former. Raises ValueError if there is nothing to take over.
     """
     args = vars(GPTConfig(**checkpoint['model_args']))
@@ -705,7 +665,6 @@ def vision_of(checkpoint, source, connector):
         raise ValueError(f'vision_from={source} has no small ViT to take over; a Q-Former needs --connector=qformer')
     return {name: args[name] for name in names}, state
 
-
 def load_vision_from(model, state, source):
     """Loads the tensors of `vision_of` into a model. Returns the table of what was loaded."""
     parts = {'.'.join(name.split('.')[:2]) for name in state}  # vision.encoder, vision.qformer
@@ -713,11 +672,9 @@ def load_vision_from(model, state, source):
         model.vision.encoder.fingerprint = ''  # other weights than the published ones
     return load_weights(model, state, source, only=tuple(parts), optional=QFORMER_TEXT)
 
-
 def strip_prefixes(name):
     """Removes what torch.compile and DDP put in front of names."""
     return name.removeprefix('module.').removeprefix('_orig_mod.').removeprefix('module.')
-
 
 # -----------------------------------------------------------------------------
 # Hugging Face's layouts
@@ -754,7 +711,6 @@ BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.en
          'intermediate.dense': 'text_mlp.fc', 'output': 'text_mlp',
          '.dense': '.proj', '.LayerNorm': '.ln', '.query.': '.q.', '.key.': '.k.', '.value.': '.v.'}
 
-
 def published_folder(source):
     """The folder of a published model; one on the hub is downloaded once. Raises ValueError if that fails."""
     if os.path.isdir(source):
@@ -768,7 +724,6 @@ def published_folder(source):
         raise ValueError(f'{source} is not in the cache of huggingface_hub and cannot be downloaded '
                          f'({type(error).__name__}): connect once, or name a checkpoint that is there, or a '
                          'folder with its config.json and model.safetensors, --init_from=FOLDER') from error
-
 
 def read_published(source):
     """`read_weights` for a published model. Raises ValueError for an architecture that is not supported."""
@@ -788,7 +743,6 @@ def read_published(source):
         raise ValueError(f'{path} is of a model that this GPT does not compute: {error}') from None
     tokenizer = 'gpt2' if source in GPT2 else source
     return {'model': state, 'model_args': args, 'config': {'tokenizer': tokenizer}}
-
 
 def read_tensors(source):
     """(config.json's dict, {name: tensor}) of a model in Hugging Face's layout, in one file or in shards."""
@@ -811,7 +765,6 @@ def read_tensors(source):
         raise ValueError(f'{source} cannot be read; a file of it may have been cut off: {error}') from error
     return config, tensors
 
-
 def read_safetensors(path):
     """({name: tensor}, metadata) of a file. Each tensor is a memory map of its own, freed with it."""
     with safe_open(path, 'pt') as f:
@@ -823,20 +776,17 @@ def read_safetensors(path):
             tensors[strip_prefixes(name)] = f.get_tensor(name)
     return tensors, metadata
 
-
 def check_supported(config, expected):
     """Raises ValueError if a setting is not the expected one: the result would look right and be wrong."""
     for key, value in expected.items():
         if config.get(key, value) != value:
             raise ValueError(f'its {key} is {config[key]!r}, not {value!r}')
 
-
 def rename(name, table):
     """The name with every part that the table lists replaced."""
     for old, new in table.items():
         name = name.replace(old, new)
     return name
-
 
 def read_gpt2(config, tensors):
     """A GPT-2's config.json and tensors as model_args and state dict."""
@@ -854,7 +804,6 @@ def read_gpt2(config, tensors):
             name = 'transformer.' + name.removeprefix('transformer.')
         state[name] = p.t().contiguous() if name.endswith(GPT2_TRANSPOSED) else p
     return args, state
-
 
 def read_llama(config, tensors):
     """A Llama's or Qwen3's config.json and tensors as model_args and state dict."""
@@ -874,10 +823,8 @@ def read_llama(config, tensors):
             state[f'transformer.h.{i}.attn.c_attn.weight'] = torch.cat([state.pop(name) for name in names])
     return args, state
 
-
 def read_blip2(config, tensors):
-    """
-    The Q-Former of a BLIP-2, with its text side if the file has that, as model_args and tensors named
+    """The Q-Former of a BLIP-2, with its text side if the file has that, as model_args and tensors named
     vision.qformer.*: 32 queries that attend to the penultimate layer of EVA-CLIP's ViT-g/14, 1408 wide.
     """
     config = {**config, **config.get('qformer_config', {})}
@@ -893,10 +840,8 @@ def read_blip2(config, tensors):
             state[f'vision.qformer.{name}'] = p[0] if name == 'queries' else p
     return args, state
 
-
 def to_hugging_face(model):
-    """
-    The text part of a model as (config.json's dict, {name: tensor}) for Hugging Face's GPT2LMHeadModel,
+    """The text part of a model as (config.json's dict, {name: tensor}) for Hugging Face's GPT2LMHeadModel,
     LlamaForCausalLM or Qwen3ForCausalLM, without LoRA's updates that are not merged because they act only
     after an image. Raises ValueError if none of these classes computes what this GPT does.
     """
@@ -907,7 +852,7 @@ def to_hugging_face(model):
     if c.tie_weights:
         del state['lm_head.weight']
     switches = c.norm, c.position, c.mlp
-    is_multi_head = attn.c_attn.weight.shape[0] == 3 * c.n_embd
+    is_multi_head = attn.n_kv_head == attn.n_head and attn.n_head * attn.head_dim == c.n_embd
     if switches == ('layernorm', 'learned', 'gelu') and not c.qk_norm and is_multi_head:
         config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'],
                   'activation_function': 'gelu_new' if c.gelu_approximate == 'tanh' else 'gelu'}
@@ -928,14 +873,12 @@ def to_hugging_face(model):
     config['dtype'] = str(model.lm_head.weight.dtype).removeprefix('torch.')
     return config, state
 
-
 def to_gpt2(state, bias):
     """(name, tensor) as GPT2LMHeadModel has them."""
     for name, p in state.items():
         yield name, p.t().contiguous() if name.endswith(GPT2_TRANSPOSED) else p
         if not bias and ('.h.' in name or '.ln_f.' in name):
             yield name.replace('weight', 'bias'), p.new_zeros(len(p))  # theirs always have one
-
 
 def to_llama(state, attn):
     """(name, tensor) as LlamaForCausalLM and Qwen3ForCausalLM have them."""

@@ -52,7 +52,6 @@ from vision import augment_image, hash64, image_error, load_image, map_index, ma
 
 IMAGE, USER, ASSISTANT, END = '<image>', '<|user|>', '<|assistant|>', '<|endoftext|>'
 
-
 @contextlib.contextmanager
 def explain_errors(problem, advice):
     """Turns any exception (parsers and hub clients have many of their own) into a ValueError of one sentence."""
@@ -62,12 +61,10 @@ def explain_errors(problem, advice):
         detail = f'{type(error).__name__}: {error}'.partition('\n')[0]
         raise ValueError(f'{problem} ({detail}): {advice}') from error
 
-
 # -----------------------------------------------------------------------------
 # rows
 
 VAL_EVERY = 20  # one row of so many is held out where a dataset comes in one piece
-
 
 def open_rows(dataset, split):
     """
@@ -91,16 +88,13 @@ def open_rows(dataset, split):
                          f'are held out by a hash: that takes at least {VAL_EVERY}, or train.jsonl and val.jsonl')
     return ConcatDataset(rows[split])
 
-
 def dataset_folder(dataset):
     return Path(dataset) if os.path.isdir(dataset) else Path('data', dataset)
-
 
 def list_files(path, endings=('.txt', '.jsonl', '.parquet')):
     """The files at or below a path that have one of the endings, sorted."""
     files = [Path(path), *Path(path).rglob('*')]
     return sorted(file for file in files if file.name.lower().endswith(endings) and file.is_file())
-
 
 class FileRows:
     """The rows of a file, or those on one side, read when asked for. Their positions are memory-mapped."""
@@ -130,7 +124,6 @@ class FileRows:
     def __reduce__(self):  # a worker process maps the index itself
         return FileRows, (self.path, self.split)
 
-
 def open_table(path):
     """The rows of a .txt or .parquet file by their number."""
     if path.suffix == '.txt':
@@ -138,7 +131,6 @@ def open_table(path):
     import datasets  # memory-maps what it reads; takes a second to import, so only here
     with explain_errors(f'{path} is not a parquet file that can be read', 'write it anew'):
         return datasets.load_dataset('parquet', data_files=str(path), split='train')
-
 
 def scan_file(path):
     """Yields (position: byte offset or number, row, example) of each row with text. ValueError names a broken line."""
@@ -159,13 +151,11 @@ def scan_file(path):
                 yield position, row, example
             position += size
 
-
 def index_rows(path, f, split):
     """Writes the positions of a file's rows to f, int64; with `split` only of those on that side."""
     for position, row, _ in scan_file(path):
         if not split or is_held_out(holdout_key(row), VAL_EVERY) == (split == 'val'):
             f.write(struct.pack('<q', position))
-
 
 def split_paragraphs(text, min_chars=600):
     """Cuts a text at blank lines into pieces of at least min_chars characters (the last one may be shorter)."""
@@ -175,7 +165,6 @@ def split_paragraphs(text, min_chars=600):
             pieces.append('')
         pieces[-1] += ('\n\n' if pieces[-1] else '') + paragraph
     return list(filter(None, pieces))
-
 
 def pydoc_rows(split):
     """The topics of `help()` in pieces. One topic of ten is held out, with every paragraph that other topics repeat."""
@@ -189,7 +178,6 @@ def pydoc_rows(split):
     text = '\n\n'.join(paragraph for is_val, paragraph in paragraphs.values() if is_val == (split == 'val'))
     return [{'text': piece, 'images': []} for piece in split_paragraphs(text)]
 
-
 # -----------------------------------------------------------------------------
 # other people's rows: this is the one place that understands their keys
 
@@ -197,7 +185,6 @@ IMAGE_KEYS = ('images', 'image', 'image_path', 'image_paths')
 LOOKS_LIKE_IMAGE = re.compile(r'(image|img|picture|photo|pic|jpe?g|png|webp|gif|tiff?)s?'
                               r'([_-]?(path|file|file_?name|name|url|uri|bytes|data|base64)s?)?([_-]?\d+)?', re.IGNORECASE)
 ROLES = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'system': 'system'}
-
 
 def to_example(row, folder):
     """A row of TRL, LLaMA-Factory or LLaVA -> an example, its images' paths joined to `folder`. ValueError if it is none."""
@@ -221,7 +208,6 @@ def to_example(row, folder):
         place_images(example, len(images))
     return {**example, 'images': images}
 
-
 def to_message(turn):
     """A turn of TRL ("role", "content", which may be a list of parts) or LLaVA ("from", "value") -> {'role', 'content'}."""
     try:
@@ -233,7 +219,6 @@ def to_message(turn):
     except (AttributeError, KeyError, TypeError):
         raise ValueError(f'expected a message by user, assistant or system with "content", got {str(turn)[:60]}') from None
 
-
 def part_to_text(part):
     """A part of a message's content as text. The image itself is in the row's "images": a part that holds one is refused."""
     part = {key: value for key, value in part.items() if value is not None}
@@ -242,7 +227,6 @@ def part_to_text(part):
     if part['type'] != 'text':
         raise KeyError(part['type'])
     return part['text']
-
 
 def place_images(example, n_images):
     """Puts n_images <image> in front of the first user's turn, or of the text, if there is none yet."""
@@ -256,7 +240,6 @@ def place_images(example, n_images):
         first = next((turn for turn in turns if turn.get('role') == 'user'), turns[0])
         first[key] = place * n_images + first[key]
 
-
 # -----------------------------------------------------------------------------
 # what is held out, and the order of an epoch: functions of a hash, so that neither takes memory
 
@@ -264,12 +247,10 @@ def is_held_out(key, every):
     """The one rule for what training never gets: one key of `every`, by its hash."""
     return hash64(key) < 2**64 / every
 
-
 def holdout_key(row):
     """What decides on which side a row is: its image, else its text."""
     keys = (*IMAGE_KEYS, 'text', 'messages', 'conversations')
     return str(next((row[key] for key in keys if row.get(key)), ''))
-
 
 def shuffled_index(i, n, key):
     """Number i of the random order of range(n) that `key` chooses, by a Feistel network on an even count of bits."""
@@ -281,7 +262,6 @@ def shuffled_index(i, n, key):
         i = left << half | right
         if i < n:  # else it is permuted again
             return i
-
 
 # -----------------------------------------------------------------------------
 # plain text becomes examples. A task is (text, rng, config, length_scale) -> example; config holds train.py's knobs,
@@ -298,7 +278,6 @@ def ocr(text, rng, config, length_scale=1.0):
     messages = [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}]
     return {'messages': messages, 'images': [image], 'char_level': config.char_level}
 
-
 def continuation(text, rng, config, length_scale=1.0):
     """Text with an image in place of its middle, the "infix" -> the text after it: text-only VLM pretraining."""
     words = re.findall(r'\s*\S+', render.text_span(text, rng, config.min_span, config.max_span))
@@ -312,14 +291,11 @@ def continuation(text, rng, config, length_scale=1.0):
         infix = ' ' + drawn
     return {'text': prefix + IMAGE + postfix, 'images': [image], 'infix': infix, 'loss_on': 'postfix'}
 
-
 def plain_text(text, rng, config, length_scale=1.0):
     """A span of text as text, so that the model does not forget language."""
     return {'text': render.text_span(text, rng, config.min_span, config.max_span)}
 
-
 TASKS = {'ocr': ocr, 'continuation': continuation, 'text': plain_text}
-
 
 def parse_tasks(spec):
     """'ocr:0.8 text:0.2' -> {'ocr': 0.8, 'text': 0.2}. Raises ValueError for an unknown task or a weight <= 0."""
@@ -333,7 +309,6 @@ def parse_tasks(spec):
         if task not in TASKS or not weights[task] > 0:
             raise ValueError(f'tasks: expected {", ".join(TASKS)} with weights, like "ocr:0.8 text:0.2", got {word!r}')
     return weights
-
 
 @dataclasses.dataclass(eq=False)
 class Examples:
@@ -375,7 +350,6 @@ class Examples:
                 break
         return example
 
-
 # -----------------------------------------------------------------------------
 # tokenizers
 
@@ -391,7 +365,6 @@ TEMPLATE = (
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
     "{{ '<|im_start|>assistant\n' if add_generation_prompt }}")
-
 
 @dataclasses.dataclass(eq=False)
 class Tokenizer:
@@ -485,7 +458,6 @@ class Tokenizer:
         allowed[[i for token, i in self.special.items() if token not in (IMAGE, USER, ASSISTANT)]] = True
         return allowed
 
-
 class HuggingFaceTokenizer(Tokenizer):
     """The same by a tokenizers.Tokenizer, which is the backend."""
 
@@ -496,7 +468,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids):
         return self.backend.decode(ids, skip_special_tokens=False)
-
 
 def get_tokenizer(name, system_prompt='auto'):
     """A Tokenizer by name. ValueError for another name, and for files that are missing or damaged."""
@@ -528,7 +499,6 @@ def get_tokenizer(name, system_prompt='auto'):
     text_ids = list(ranks.values())
     return Tokenizer(name, backend, special, text_ids, system_prompt, {'eos_token': END}, characters=characters)
 
-
 def read_meta(path):
     """{character as UTF-8: id} of a nanoGPT meta.pkl. A pickle can run code: this one may hold values only."""
 
@@ -542,14 +512,12 @@ def read_meta(path):
         raise ValueError(f'{path}: expected the ids 0 to {len(ranks) - 1}, each once')
     return ranks
 
-
 def read_words(path):
     """{bytes: id} of a words.txt: every byte, and each word with and without a space before it."""
     with open(path, encoding='utf-8') as f:
         words = [space + word for word in f.read().split() for space in ('', ' ')]
     tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-
 
 def read_hugging_face(name, system_prompt):
     """The HuggingFaceTokenizer of a tokenizer.json, of a folder with it or of OWNER/NAME on the hub."""
@@ -594,7 +562,6 @@ def read_hugging_face(name, system_prompt):
     backend.add_tokens([tokenizers.AddedToken(MARK, normalized=False)])
     return HuggingFaceTokenizer(name, backend, special, text_ids, system_prompt, names, template, files)
 
-
 # -----------------------------------------------------------------------------
 # example -> ids, targets, images
 
@@ -630,7 +597,6 @@ def render_chat(tokenizer, turns, prompt_only=False):
         raise ValueError(f'{tokenizer.name}: its chat template leaves out a message or repeats one')
     return out
 
-
 @functools.cache
 def compile_template(source):
     """A chat template, with Jinja set up as in transformers. {% generation %} marks answers; it has no effect."""
@@ -645,7 +611,6 @@ def compile_template(source):
     environment.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     return environment.from_string(source)
-
 
 def conversation(example, tokenizer, prompt_only):
     """[(text, is_special, is_answer)] of a conversation. White space at the ends of a message is dropped."""
@@ -665,7 +630,6 @@ def conversation(example, tokenizer, prompt_only):
         turns.append((message['role'], IMAGE.join(pieces)))
     chat = render_chat(tokenizer, tuple(turns), prompt_only)
     return [(piece if isinstance(piece, str) else texts[piece], *flags) for piece, *flags in chat]
-
 
 def segments(example, tokenizer, loss_on, prompt_only=False):
     """
@@ -688,7 +652,6 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
         out += image if i else []
         out.append((text, False, loss_on != 'postfix' or i == len(texts) - 1))
     return out if prompt_only else [*out, (tokenizer.end, True, True)]
-
 
 def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False, cache=None):
     """
@@ -724,7 +687,6 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     targets = [token if is_target else -1 for token, is_target in zip(ids[1:], in_loss[1:])]
     return {'idx': ids[:-1], 'targets': targets, 'images': images}
 
-
 def collate(examples, config):
     """
     Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; lengths int64 (B,); images, the
@@ -745,7 +707,6 @@ def collate(examples, config):
         batch['images'] = vision.collate(images, config)
     return batch
 
-
 @dataclasses.dataclass(eq=False)
 class Batches(torch.utils.data.Dataset):
     """Micro-batch i of a run; {"error": sentence} for what a user must read, because a worker would add its traceback."""
@@ -765,7 +726,6 @@ class Batches(torch.utils.data.Dataset):
         except (ValueError, OSError) as error:
             return {'error': str(error)}
 
-
 # -----------------------------------------------------------------------------
 # features of a frozen encoder, computed once
 
@@ -775,8 +735,7 @@ def store_features(
     batch_size=32,
     device='',  # '' takes CUDA or MPS if there is one
 ):
-    """
-    Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted.
+    """Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted.
 
     They are stored in float16, those of an image with a feature too large for it in bfloat16.
     """
@@ -815,7 +774,6 @@ def store_features(
                 safetensors.torch.save_file({'features': half}, f'{file}.part')
                 os.replace(f'{file}.part', file)
     cache.finished.touch()
-
 
 # -----------------------------------------------------------------------------
 # commands that write a dataset
@@ -864,7 +822,6 @@ def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
         path.unlink()
     print(f'{folder}: {counts["train"]} examples to train on, {counts["val"]} held out', file=sys.stderr)
 
-
 def convert_row(numbered_row, convert, val_every):
     """[(file, line)] of a row. Several captions of an image, "references", become an example each to train on."""
     number, row = numbered_row
@@ -880,12 +837,10 @@ def convert_row(numbered_row, convert, val_every):
     captions = example.pop('references', []) if split == 'train' else []
     return [(split, {**example, 'text': IMAGE + caption}) for caption in captions] or [(split, example)]
 
-
 def download(repository, file):
     """The local path of a file of a dataset on the hub, which is downloaded once."""
     with explain_errors(f'{file} of {repository} cannot be downloaded', 'connect, or use --source and --image_dir'):
         return huggingface_hub.hf_hub_download(repository, file, repo_type='dataset')
-
 
 def find_images(image_dir):
     """The absolute path of a folder or archive of images. An archive is indexed here, before threads need it."""
@@ -894,7 +849,6 @@ def find_images(image_dir):
         with explain_errors(f'--image_dir={image_dir} does not exist, or is no archive', 'expected a folder, .zip or .tar'):
             map_members(path)
     return path
-
 
 def prepare_text(
     source='',           # a dataset of the hub, or a .txt, .jsonl or .parquet file, or a folder of them
@@ -915,7 +869,6 @@ def prepare_text(
     rows = (row for row in rows if isinstance(row.get('text'), str) and row['text'].strip())
     convert = lambda row: {'text': row['text']}
     write_dataset(name or Path(source).stem, rows, convert, source, max_examples, val_every, subset)
-
 
 def prepare_shapes(
     name='shapes',       # the dataset is written to data/NAME
@@ -953,7 +906,6 @@ def prepare_shapes(
     contents = ' '.join(message['content'] for row in rows for message in row['messages'])
     (folder / 'words.txt').write_text('\n'.join(sorted(set(re.findall('[A-Za-z]+', contents)))) + '\n')
 
-
 def prepare_llava(
     command,
     repository='',        # of the hub
@@ -975,7 +927,6 @@ def prepare_llava(
     convert = functools.partial(llava_example, image_dir=images, captions_only=captions_only)
     write_dataset(name or Path(source).stem or command, json_rows(path), convert, path, max_examples, val_every,
                   os.path.getsize(path), images, captions_only)
-
 
 def json_rows(path):
     """The objects of a JSON array or .jsonl, one after another: LLaVA's gigabyte is never in memory as a whole."""
@@ -1002,7 +953,6 @@ def json_rows(path):
             text = text[end:]
             count += 1
 
-
 def llava_example(row, image_dir, captions_only):
     """A row of LLaVA's -> example. Raises ValueError with the reason why it is skipped."""
     try:
@@ -1023,7 +973,6 @@ def llava_example(row, image_dir, captions_only):
     place_images(example, len(images))
     return {'text': IMAGE + turns[-1]['content'].strip(), 'images': images} if captions_only and images else example
 
-
 LLAVA = {
     'llava_instruct': {'repository': 'liuhaotian/LLaVA-Instruct-150K', 'subset': 'llava_instruct_150k'},
     'llava_pretrain': {'repository': 'liuhaotian/LLaVA-Pretrain', 'subset': 'blip_laion_cc_sbu_558k',
@@ -1033,14 +982,12 @@ LLAVA = {
     'sharegpt4v': {'repository': 'Lin-Chen/ShareGPT4V', 'subset': 'sharegpt4v_instruct_gpt4-vision_cap100k'},
 }
 
-
 def to_caption_example(row):
     """A row {'captions': [...], 'path': image} -> example. Raises ValueError without a caption."""
     captions = [' '.join(caption.split()) for caption in row['captions'] if isinstance(caption, str) and caption.strip()]
     if not captions:
         raise ValueError('it has no caption')
     return {'text': IMAGE + captions[0], 'images': [row['path']], 'references': captions}
-
 
 def prepare_coco(
     source='',             # the folder with captions_train2017.json and captions_val2017.json, or one such file
@@ -1069,15 +1016,13 @@ def prepare_coco(
                  for i, image in names.items()]
     write_dataset(name, rows, to_caption_example, source, max_examples, val_every, image_dir)
 
-
 def prepare_cc3m(
     source='',       # a folder or file as above, or a repository of the hub; '' is pixparse/cc3m-wds
     name='',         # the dataset is written to data/NAME; '' takes the last part of the source, or cc3m
     max_examples=0,  # stop after as many images; 0: all
     val_every=100,   # one image of so many is held out
 ):
-    """
-    Writes Conceptual Captions, or any images that img2dataset has downloaded, to data/NAME/{train,val}.jsonl.
+    """Writes Conceptual Captions, or any images that img2dataset has downloaded, to data/NAME/{train,val}.jsonl.
 
     --source is a .tar in the WebDataset format, a folder or a repository of the hub (pixparse/cc12m-wds) with such, or what
     img2dataset writes as files: 00000/000000000.jpg with .txt next to it. Images stay where they are, those in a .tar too.
@@ -1094,7 +1039,6 @@ def prepare_cc3m(
         roots = (download(repository, file) for file in files if file.endswith('.tar'))
     rows = (row for root in roots for row in sample_rows(root))
     write_dataset(name or Path(source).stem or 'cc3m', rows, to_caption_example, repository, max_examples, val_every)
-
 
 def sample_rows(root):
     """The images with captions in a .tar or folder: the files of a sample share their name up to the first dot."""
@@ -1113,7 +1057,6 @@ def sample_rows(root):
             captions.append(read_bytes(f'{root}/{files[".txt"]}').decode(errors='replace'))
         if image:
             yield {'image': f'{Path(root).name}/{image}', 'captions': captions, 'path': os.path.abspath(f'{root}/{image}')}
-
 
 # -----------------------------------------------------------------------------
 
@@ -1149,13 +1092,11 @@ def show_example(
     print(render.colorize(tokens, sys.stdout.isatty() and 'NO_COLOR' not in os.environ))
     render.token_sheet([load_image(source) for source in rows[index]['images']], tokens).save(out)
 
-
 COMMANDS = {
     'text': prepare_text, 'shapes': prepare_shapes, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,
     **{command: functools.partial(prepare_llava, command, **defaults) for command, defaults in LLAVA.items()},
     'features': store_features, 'show': show_example,
 }
-
 
 if __name__ == '__main__':
     run(lambda: run_command(COMMANDS))

@@ -32,7 +32,6 @@ MIN_SIZE = 6    # font sizes in pixels that `fit` tries unless it is asked for o
 MAX_SIZE = 200
 LEADING = 1.4   # distance of two baselines, in font sizes
 
-
 @lru_cache(maxsize=1024)
 def load_font(font, size):
     """The font at `size` pixels, as a PIL font. Raises ValueError if the file is not a font."""
@@ -42,7 +41,6 @@ def load_font(font, size):
         return ImageFont.truetype(font, size)
     except OSError as error:
         raise ValueError(f'{font} is not a font that can be read ({error}): expected a .ttf or .otf file') from error
-
 
 @lru_cache
 def list_fonts(path):
@@ -55,7 +53,6 @@ def list_fonts(path):
         raise ValueError(f'no .ttf or .otf file in font folder {path!r}')
     return fonts
 
-
 @lru_cache(maxsize=65536)
 def has_glyph(character, font=''):
     """Whether the font can draw the character. A missing one is drawn as the same small box as U+FFFF."""
@@ -64,18 +61,15 @@ def has_glyph(character, font=''):
     face = load_font(font, 16)
     return bytes(face.getmask(character)) != bytes(face.getmask('\uffff'))
 
-
 def strip_unsupported(text, font=''):
     """The text without the characters that the font cannot draw."""
     return ''.join(c for c in text if has_glyph(c, font))
-
 
 # -----------------------------------------------------------------------------
 # fit: text and a box -> font size and lines
 
 def wrap(text, face, width):
-    """
-    Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary.
+    """Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary.
     Newlines and indentation stay. Only a line of a single character can be wider.
     """
     lines = []
@@ -91,10 +85,8 @@ def wrap(text, face, width):
         lines.append(paragraph)
     return lines
 
-
 def layout(text, face, width):
-    """
-    The lines of the text in a column of `width` pixels, and their ink box (x0, y0, x1, y1); the origin is the
+    """The lines of the text in a column of `width` pixels, and their ink box (x0, y0, x1, y1); the origin is the
     left end of the first ascender line.
     """
     lines = wrap(text, face, width)
@@ -105,14 +97,11 @@ def layout(text, face, width):
     y1 = max(last_descent, *(pitch * i + bottom for i, bottom in enumerate(bottoms)))
     return lines, (min(0, *lefts), min(0, tops[0]), max(rights), y1)
 
-
 class DoesNotFit(ValueError):
     """The text overflows its box even at the smallest font size that is allowed."""
 
-
 def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
-    """
-    The largest font size at which the wrapped text stays inside width x height pixels, by binary search, as in
+    """The largest font size at which the wrapped text stays inside width x height pixels, by binary search, as in
     text-only VLM pretraining (sizes 12 to 200, leading 1.4). Returns (size, lines, ink box), as from `layout`.
     Raises ValueError for text without ink, DoesNotFit for text that overflows even at min_size.
     """
@@ -136,7 +125,6 @@ def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
         raise DoesNotFit(f'a text of {len(text)} characters does not fit {width}x{height} pixels at font size '
                          f'{min_size}: shorten it or enlarge the box')
     return best
-
 
 # -----------------------------------------------------------------------------
 # draw: text -> image
@@ -186,7 +174,6 @@ def draw(
         image = Image.fromarray((pixels + gray).clip(0, 255).astype(np.uint8))
     return image
 
-
 def size_before_rotation(width, height, degrees):
     """(width, height) in pixels of the box that takes width x height pixels after a rotation."""
     # a w x h box takes w cos + h sin by w sin + h cos: solved for w and h
@@ -194,14 +181,12 @@ def size_before_rotation(width, height, degrees):
     solve = lambda a, b: int((a * math.cos(angle) - b * math.sin(angle)) / math.cos(2 * angle))
     return solve(width, height), solve(height, width)
 
-
 def draw_lines(image, lines, x, y, face, color):
     """Draws lines of text onto the image from (x, y) on."""
     pen = ImageDraw.Draw(image)
     pitch = math.ceil(LEADING * face.size)
     for i, line in enumerate(lines):
         pen.text((x, y + i * pitch), line, color, face)
-
 
 def augmentation(rng, strength=1.0):
     """Random arguments for `draw`, scaled by strength in [0, 1]; 0 leaves black on white. rng: a random.Random."""
@@ -228,10 +213,8 @@ def augmentation(rng, strength=1.0):
         seed=rng.getrandbits(32),
     )
 
-
 def render_text(text, rng, config):
-    """
-    The text, shortened until it fits into the config's box, and its image, as train.py's knobs of images say;
+    """The text, shortened until it fits into the config's box, and its image, as train.py's knobs of images say;
     ('', None) if the font has no glyph of it.
     """
     font = rng.choice(list_fonts(config.font))
@@ -248,7 +231,6 @@ def render_text(text, rng, config):
             if len(text) < 2:
                 raise
             text = text[:len(text) * 7 // 8].rstrip()
-
 
 # -----------------------------------------------------------------------------
 # split: a text -> a span of it -> prefix, infix, postfix
@@ -269,10 +251,8 @@ def text_span(text, rng, min_chars, max_chars):
         end += 1
     return text[start:end].strip()
 
-
 def split(span, rng, low=0.1, high=0.4):
-    """
-    Cuts a list of tokens or a string into prefix, infix and postfix, none of them empty. The infix is a share
+    """Cuts a list of tokens or a string into prefix, infix and postfix, none of them empty. The infix is a share
     r ~ U(low, high) of the span, its start uniformly random, as in text-only VLM pretraining. Raises ValueError
     for fewer than three elements and for ratios that are not 0 < low <= high < 1.
     """
@@ -283,7 +263,6 @@ def split(span, rng, low=0.1, high=0.4):
     length = min(len(span) - 2, max(1, round(len(span) * rng.uniform(low, high))))
     start = rng.randint(1, len(span) - length - 1)
     return span[:start], span[start:start + length], span[start + length:]
-
 
 # -----------------------------------------------------------------------------
 # shapes: images of 64 x 64 pixels and questions about them
@@ -297,7 +276,6 @@ FACTS = [('How many sides has a triangle?', '3'), ('How many sides has a square?
          ('Which color do blue and yellow make?', 'green'), ('Which color do red and blue make?', 'purple'),
          ('Is a circle round?', 'yes'), ('Is a square round?', 'no')]
 
-
 def random_shapes(rng, count):
     """`count` shapes (shape, color, quarter, x, y, radius), each in a quarter of its own."""
     shapes = []
@@ -307,7 +285,6 @@ def random_shapes(rng, count):
         y = 32 * (quarter // 2) + rng.randint(radius + 1, 31 - radius)
         shapes.append((rng.choice(SHAPES), rng.choice(list(COLORS)), QUARTERS[quarter], x, y, radius))
     return shapes
-
 
 def draw_shapes(shapes):
     """The shapes on white, drawn four times as large and scaled down, so that their edges are smooth."""
@@ -328,10 +305,8 @@ def draw_shapes(shapes):
             pen.rectangle(box(r / 3, r), fill)
     return image.resize((64, 64), Image.Resampling.BOX)
 
-
 def shapes_example(rng, new_image, held_out):
-    """
-    (images, each a list of shapes from new_image(rng, count); turns, each a question and its answer). Many
+    """(images, each a list of shapes from new_image(rng, count); turns, each a question and its answer). Many
     training conversations end in a description, which needs everything in the image. Only the last answer of a
     held-out one is scored: there a description stands alone.
     """
@@ -357,7 +332,6 @@ def shapes_example(rng, new_image, held_out):
         question, answer = shapes_question(images[number], rng)
         turns[f'In the {ordinals[number]} image: {question}'] = answer
     return images, rng.sample(list(turns.items()), len(turns))[:rng.randint(1, 3)]
-
 
 def shapes_question(shapes, rng):
     """A question that has one correct answer, and the answer."""
@@ -385,7 +359,6 @@ def shapes_question(shapes, rng):
         if topic == 'position' and pairs.count((name, color)) == 1:
             return f'Where is the {color} {name}?', quarter
 
-
 # -----------------------------------------------------------------------------
 # sheets: one image that shows what a run does, put together from tiles
 
@@ -394,7 +367,6 @@ RED = (190, 20, 20)
 GRAY = (60, 60, 60)
 MARGIN = 8     # pixels between the tiles of a sheet
 TEXT_SIZE = 14
-
 
 def stack(tiles, axis, gap):
     """The tiles in a row (axis 0) or in a column (axis 1), `gap` pixels apart, on white."""
@@ -407,11 +379,9 @@ def stack(tiles, axis, gap):
         corner[axis] += tile.size[axis] + gap
     return sheet
 
-
 def stack_rows(rows, gap_x=MARGIN, gap_y=MARGIN):
     """Rows of tiles as one image with a margin."""
     return ImageOps.expand(stack([stack(row, 0, gap_x) for row in rows], 1, gap_y), MARGIN, 'white')
-
 
 def thumbnail(image, width, height):
     """The image scaled down to width x height pixels, or a small one drawn twice as large; framed."""
@@ -420,7 +390,6 @@ def thumbnail(image, width, height):
         image = ImageOps.scale(image, 2, Image.NEAREST)  # stays sharp
     image.thumbnail((width - 2, height - 2), Image.LANCZOS)
     return ImageOps.expand(image, 1, 'silver')
-
 
 def text_tile(text, width, height=0, color='black', fill='white'):
     """The text on a tile of `width` and at least `height` pixels: wrapped, and cut after six lines."""
@@ -432,10 +401,8 @@ def text_tile(text, width, height=0, color='black', fill='white'):
     draw_lines(tile, lines, 2, 1, face, color)
     return tile
 
-
 def contact_sheet(images, captions, correct=None, cell=400):
-    """
-    One RGB image with all PIL images in four columns, each above its caption, scaled down to `cell` pixels of
+    """One RGB image with all PIL images in four columns, each above its caption, scaled down to `cell` pixels of
     width. correct: a bool or None each, which makes the caption green, red or gray; None for all gray.
     """
     if not images or len(images) != len(captions):
@@ -446,7 +413,6 @@ def contact_sheet(images, captions, correct=None, cell=400):
         caption = text_tile(caption, cell, color=colors[is_correct])
         tiles.append(stack([thumbnail(image, cell, 2 * cell), caption], 1, 2))
     return stack_rows([tiles[i:i + 4] for i in range(0, len(tiles), 4)])
-
 
 def similarity_grid(images, captions, values):
     """An RGB image: a column for each image, a row for each caption, values[row][column]; a row's largest framed."""
@@ -465,10 +431,8 @@ def similarity_grid(images, captions, values):
         rows.append(tiles)
     return stack_rows(rows, 0, 0)
 
-
 TOKEN_FILLS = {'in_loss': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
 TOKEN_CODES = {'in_loss': '30;42', 'image': '30;44', 'special': '2', 'given': '0'}  # of ANSI terminals
-
 
 def token_sheet(images, tokens, width=720):
     """An RGB image: the images in a row and, below them, (text, type) tokens, each in the color of its type."""
@@ -486,7 +450,6 @@ def token_sheet(images, tokens, width=720):
         x += tile.width + 1
     return stack_rows([row for row in rows if row], 1, 2)
 
-
 def colorize(tokens, ansi=True):
     """The same tokens as a string for a terminal, in colors or with those in the loss in double brackets."""
     out = ''
@@ -498,7 +461,6 @@ def colorize(tokens, ansi=True):
             text = f'[[{text}]]'
         out += text
     return out
-
 
 # -----------------------------------------------------------------------------
 # python render.py "some text" --out x.png
@@ -523,7 +485,6 @@ def draw_file(
     image.save(out)
     print(f'{out}: {image.width}x{image.height} pixels', file=sys.stderr)
 
-
 def main():
     text, *words = sys.argv[1:] or ['--']
     if text == '--help':
@@ -531,7 +492,6 @@ def main():
     elif text.startswith('--'):
         raise ValueError('expected the text first: python render.py "some text" --out x.png')
     call_with_knobs(draw_file, words, text)
-
 
 if __name__ == '__main__':
     from configurator import call_with_knobs, run  # only the command line needs them

@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 from collections import ChainMap, Counter, deque
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,13 +67,11 @@ tokenizer = ''           # as in train.py; '' takes the checkpoint's
 vision_encoder = ''      # where a pretrained encoder's weights are now, if their file has moved
 # -----------------------------------------------------------------------------
 
-
 def find_device():
     """'cuda', 'mps' or 'cpu': the best that this machine has."""
     if torch.cuda.is_available():
         return 'cuda'
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
-
 
 def best_dtype(device_type):
     """float32, but on CUDA bfloat16, or float16 where bfloat16 is only emulated (T4, V100)."""
@@ -81,15 +79,10 @@ def best_dtype(device_type):
         return 'float32'
     return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16'
 
-
-def log(text):
+def note(text):
     """Prints to stderr, from the first process only; stdout is for answers."""
     if int(os.environ.get('RANK', 0)) == 0:
         print(text, file=sys.stderr)
-
-
-log_once = lru_cache(log)  # a text that was printed before is skipped
-
 
 def to_device(batch, where):
     """A collated batch with its tensors on the device `where`."""
@@ -97,10 +90,8 @@ def to_device(batch, where):
     images = batch['images'] and tuple(map(move, batch['images']))
     return {'images': images, **{name: move(batch[name]) for name in ('idx', 'targets', 'lengths')}}
 
-
 def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=0.0, **generation):
-    """
-    Answers, a list of str, to conversations without their last answer or to texts to continue; none depends
+    """Answers, a list of str, to conversations without their last answer or to texts to continue; none depends
     on another. `generation` goes to model.generate. With return_logprobs each is (answer, mean log-probability
     per token in nats, marked answer).
     """
@@ -122,11 +113,9 @@ def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=
         answers.append(text)
     return answers
 
-
 def until_end(enc, ids):
     """The ids before the first one that ends an answer or a text."""
     return list(itertools.takewhile(lambda token: token not in enc.end_ids, ids))
-
 
 def mark_low_confidence(enc, ids, token_logprobs):
     """The text with each word in [brackets?] of which a token had less than half the probability."""
@@ -139,19 +128,16 @@ def mark_low_confidence(enc, ids, token_logprobs):
     mark = lambda word: word[0] if doubtful.isdisjoint(range(*word.span())) else f'[{word[0]}?]'
     return re.sub(r'\S+', mark, enc.decode(ids))
 
-
 # -----------------------------------------------------------------------------
 # scores of answers
 
 def score(predictions, references):
-    """
-    cer: edits per character of all references together; exact: the share of predictions without an edit.
+    """cer: edits per character of all references together; exact: the share of predictions without an edit.
     Unlike a precision over words, the character error rate does not reward a short or a fluent wrong answer.
     """
     edits = list(map(Levenshtein.distance, predictions, references))
     n_chars = sum(map(len, references))
     return {'cer': sum(edits) / max(1, n_chars), 'exact': edits.count(0) / max(1, len(edits))}
-
 
 def score_captions(predictions, examples):
     """BLEU-4, ROUGE-L and CIDEr-D of examples with "references"; {} if pycocoevalcap is not installed."""
@@ -160,7 +146,7 @@ def score_captions(predictions, examples):
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError:
-        log_once("no BLEU-4, ROUGE-L and CIDEr-D of captions: pip install 'glimpse[captions]' adds them")
+        note("no BLEU-4, ROUGE-L and CIDEr-D of captions: pip install 'glimpse[captions]' adds them")
         return {}
     words = lambda text: ' '.join(caption_words(text))
     predictions = {i: [words(p)] for i, p in enumerate(predictions)}
@@ -171,18 +157,15 @@ def score_captions(predictions, examples):
     cider_d, _ = Cider().compute_score(references, predictions)  # meaningless on few images
     return {'bleu4': bleu[3], 'rouge_l': float(rouge_l), 'cider_d': float(cider_d)}
 
-
 def caption_words(text):
     """Lower case, without punctuation. The usual tokenizer, the Penn Treebank's, is in Java."""
     return re.findall(r"\w+(?:['’]\w+)?", text.lower())
-
 
 # -----------------------------------------------------------------------------
 # retrieval: which caption belongs to which image?
 
 def image_caption_pairs(examples, limit):
-    """
-    Up to `limit` examples with one image each, all their captions, and image_index (M,), the image of each
+    """Up to `limit` examples with one image each, all their captions, and image_index (M,), the image of each
     caption. No two examples share an image or a caption. Raises ValueError for fewer than two.
     """
     kept, captions, image_index, used = [], [], [], set()
@@ -200,19 +183,15 @@ def image_caption_pairs(examples, limit):
         raise ValueError('retrieval needs held-out images with a caption each, and there are fewer than two')
     return kept, captions, torch.tensor(image_index)
 
-
 def similarity(image_embeds, text_embeds, chunk=16):
-    """
-    Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query closest to the caption counts.
+    """Images (N, K, D) and captions (M, D) -> (N, M) in float32: the query closest to the caption counts.
     In chunks of images, because N x K x M would be 16 GB for COCO.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         return torch.cat([(part @ text_embeds.T).amax(1) for part in image_embeds.split(chunk)])
 
-
 def recall(scores, image_index):
-    """
-    scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of
+    """scores: (N, M); caption j belongs to image image_index[j]. Returns the share of images with a caption of
     their own among the k most similar (i2t_r1, i2t_r5, i2t_r10), that of captions (t2i_r1, ...), and what
     guessing would give (chance_r1). Ties count as wrong, so a collapsed model has 0.
     """
@@ -227,13 +206,11 @@ def recall(scores, image_index):
             result[f'{direction}_r{k}'] = (n_ahead < k).float().mean().item()
     return {**result, 'chance_r1': 1 / N}
 
-
 def mean_cosine(image_embeds):
     """Mean cosine of two images (N, K, D), each the mean of its K embeddings. A collapsed model has 1."""
     N = len(image_embeds)
     total = torch.nn.functional.normalize(image_embeds.mean(1), dim=-1).sum(0)           # (D)
     return (total.square().sum().item() - N) / (N * (N - 1))
-
 
 # -----------------------------------------------------------------------------
 # evaluation: the model must prove that it uses the image
@@ -244,10 +221,8 @@ def held_out_examples(dataset, config, tasks):
     exclude = '\n'.join(' '.join(text.split()) for text in texts)
     return Examples(open_rows(dataset, 'val'), config, seed=0, tasks=tasks, shuffle=False, exclude=exclude)
 
-
 class Evaluation:
-    """
-    The held-out examples of a run, and what is measured on them; the ranks share the work.
+    """The held-out examples of a run, and what is measured on them; the ranks share the work.
 
         val_loss       nats per target token
         blank_loss     the same with every image white: what the model knows without the images
@@ -428,7 +403,6 @@ class Evaluation:
         sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
         return result, sheet, table
 
-
 def map_across_ranks(work, items, size, dist_env):
     """Concatenates the lists work(items[i:i + size]) of all i; each rank does its share of the calls."""
     starts = range(dist_env.rank * size, len(items), dist_env.world_size * size)
@@ -440,12 +414,10 @@ def map_across_ranks(work, items, size, dist_env):
         results = ChainMap(*shares)
     return [result for i in sorted(results) for result in results[i]]
 
-
 def blank(examples):
     """The examples with white images of the same sizes."""
     return [{**e, 'images': [Image.new('RGB', load_image(source).size, 'white') for source in e['images']]}
             for e in examples]
-
 
 def shuffled(examples):
     """The examples with the images of others: image j becomes image j + M/2 of all M."""
@@ -453,11 +425,9 @@ def shuffled(examples):
     images.rotate(-(len(images) // 2))
     return [{**e, 'images': [images.popleft() for _ in e['images']]} for e in examples]
 
-
 def without_image(examples):
     """The examples with nothing in place of the images."""
     return [{**e, 'images': [], 'filling': ''} for e in examples]
-
 
 def reference(example):
     """What the model should have answered: the last message's text, or the text after the last image."""
@@ -465,17 +435,14 @@ def reference(example):
         return example['messages'][-1]['content'].strip()
     return example['text'].rpartition(IMAGE)[2]
 
-
 def question(example):
     """The example up to what the model has to answer."""
     if 'messages' in example:
         return example
     return {**example, 'text': example['text'].rpartition(IMAGE)[0] + IMAGE}
 
-
 def image_names(example):
     return ' '.join(source if isinstance(source, str) else 'drawn' for source in example['images'])
-
 
 def answer_caption(example, prediction):
     """For a contact sheet: the question, the answer, and the truth if that is another."""
@@ -483,7 +450,6 @@ def answer_caption(example, prediction):
     asked = messages[-2]['content'].replace(IMAGE, '').strip() if len(messages) > 1 else ''
     truth = reference(example)
     return f'{asked}\n{prediction}'.strip() + ('' if prediction == truth else f'\n({truth})')
-
 
 # -----------------------------------------------------------------------------
 # the script
@@ -493,7 +459,6 @@ DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', e
                 seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto')
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
 
-
 def newest_run():
     """The folder under out/ with the newest checkpoint. Raises ValueError if there is none."""
     newest = max(glob.glob(f'out/**/{checkpoint}', recursive=True), key=os.path.getmtime, default='')
@@ -501,9 +466,8 @@ def newest_run():
         raise ValueError('no checkpoint under out/: train one first (torchrun train.py '
                          'config/quickstart.py), or name one with --out_dir or --init_from')
     folder = os.path.dirname(newest)
-    log(f'{folder}: newest run')
+    note(f'{folder}: newest run')
     return folder
-
 
 def load():
     """The model in eval mode on the device, its tokenizer, the knobs that it was trained with, autocast."""
@@ -530,9 +494,8 @@ def load():
             p.data = p.data.to(precision if part == 'gpt' else torch.float32)
     model.to(where).eval()
     n_params = sum(p.numel() for p in model.parameters()) / 1e6
-    log(f'{source}: iteration {state.get("iter_num", 0)}, {n_params:.2f}M parameters')
+    note(f'{source}: iteration {state.get("iter_num", 0)}, {n_params:.2f}M parameters')
     return model, enc, config, torch.autocast(device_type, precision, enabled=precision != torch.float32)
-
 
 def prompt_example(text, images, as_chat):
     """The prompt as an example. Without <image> in it, images come first in a turn, and last in a text."""
@@ -542,21 +505,19 @@ def prompt_example(text, images, as_chat):
     content = n_marks * (IMAGE + '\n') + text
     return {'messages': [{'role': 'user', 'content': content.strip()}], 'images': images}
 
-
 def print_answer(respond, example, prefix=''):
     """Prints the answer to the example and returns it; with --logprobs marked, and the mean to stderr."""
     (text, mean, marked), = respond([example])
     print(prefix + (marked if logprobs else text), flush=True)
     if logprobs:
-        log(f'mean log-probability of a token: {mean:.3f} nats')
+        note(f'mean log-probability of a token: {mean:.3f} nats')
     return text
-
 
 def chat_loop(respond):
     """Reads turns from stdin and answers each, given all turns before it."""
     images = list(map(load_image, image))
     messages = []
-    log(f'{len(images)} image(s); an empty line or Ctrl-D ends the conversation')
+    note(f'{len(images)} image(s); an empty line or Ctrl-D ends the conversation')
     while True:
         print('> ', end='', file=sys.stderr, flush=True)
         line = sys.stdin.readline().strip()
@@ -566,7 +527,6 @@ def chat_loop(respond):
         text = print_answer(respond, {'messages': messages, 'images': images})
         messages.append({'role': 'assistant', 'content': text})
 
-
 def caption_folder(respond, size, as_chat):
     """The prompt's answers to the images of a folder, `size` at a time: captions.csv and .png in out_dir."""
     folder, = image
@@ -574,7 +534,7 @@ def caption_folder(respond, size, as_chat):
     for path in sorted(str(path) for path in Path(folder).rglob('[!.]*') if not path.is_dir()):
         problem = image_error(path)
         if problem:
-            log(f'skipped {path}: {problem}')
+            note(f'skipped {path}: {problem}')
         else:
             paths.append(path)
     if not paths:
@@ -586,7 +546,6 @@ def caption_folder(respond, size, as_chat):
                       'marked': marked})
     captions = [row['marked' if logprobs else 'caption'] for row in table[:64]]
     write_results('captions', table, render.contact_sheet(list(map(load_image, paths[:64])), captions))
-
 
 def evaluate(model, enc, config, autocast):
     """The evaluation of train.py on --eval: figures to stdout as JSON, eval.csv and eval.png to out_dir."""
@@ -603,24 +562,22 @@ def evaluate(model, enc, config, autocast):
     write_results('eval', table, sheet)
     print(json.dumps(result))
 
-
 def write_results(name, table, sheet):
     """NAME.csv and NAME.png in out_dir, of what there is."""
+    os.makedirs(out_dir or '.', exist_ok=True)
     path = os.path.join(out_dir, name)
     if table:
         with open(path + '.csv', 'w', newline='', encoding='utf-8') as f:
             writer = csv.DictWriter(f, table[0])
             writer.writeheader()
             writer.writerows(table)
-        log(f'{len(table)} rows in {path}.csv')
+        note(f'{len(table)} rows in {path}.csv')
     if sheet:
         sheet.save(path + '.png')
-        log(f'the first of them with their images in {path}.png')
-
+        note(f'the first of them with their images in {path}.png')
 
 def export_model(model, enc, config):
-    """
-    Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the
+    """Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the
     files of its tokenizer; glimpse.safetensors, the whole model, which --checkpoint and --init_from read.
     """
     settings, text_weights = to_hugging_face(model)
@@ -640,8 +597,7 @@ def export_model(model, enc, config):
     save_file(weights, folder / 'glimpse.safetensors', metadata={'glimpse': json.dumps(about)})
     for path in enc.files:
         shutil.copy(path, folder)
-    log(f'{export}: {", ".join(sorted(os.listdir(export)))}')
-
+    note(f'{export}: {", ".join(sorted(os.listdir(export)))}')
 
 def main():
     global out_dir
@@ -684,7 +640,6 @@ def main():
                 if i:
                     print('---------------')
                 print_answer(respond, example, '' if as_chat else prompt)
-
 
 if __name__ == '__main__':
     run(main)

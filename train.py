@@ -35,7 +35,7 @@ from configurator import configure, knobs_of, run
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
 from prepare_data import Batches, Examples, dataset_folder, get_tokenizer, open_rows, parse_tasks
-from sample import Evaluation, best_dtype, find_device, to_device
+from sample import Evaluation, best_dtype, find_device, note, to_device
 from vision import FeatureCache, VisionConfig, complete_config
 
 # -----------------------------------------------------------------------------
@@ -117,7 +117,6 @@ dtype = ''                     # bfloat16, float16 (with a GradScaler) or float3
 compile = torch.cuda.is_available()  # use torch.compile to make the model faster
 # -----------------------------------------------------------------------------
 
-
 def setup_distributed(config):
     """Joins torchrun's other processes: a namespace of rank, world_size, ddp, device, device_type and dtype."""
     ddp = 'RANK' in os.environ
@@ -142,7 +141,6 @@ def setup_distributed(config):
     return SimpleNamespace(rank=rank, world_size=world_size, ddp=ddp, device=device, device_type=device_type,
                            dtype=dtype)
 
-
 # -----------------------------------------------------------------------------
 # the model
 
@@ -164,7 +162,6 @@ def init_model(config):
         return resume_model(config, checkpoint, source), enc, checkpoint
     return init_from_checkpoint(config, enc, checkpoint), enc, None
 
-
 def init_from_scratch(config, enc):
     """A model with random weights; its vision is that of vision_from, if that is set."""
     if config.lora_rank:
@@ -174,9 +171,8 @@ def init_from_scratch(config, enc):
     args.update(vision_args, vocab_size=pad_vocab(enc.n_vocab), image_token=enc.image_id)
     model = new_model(complete_config(GPTConfig(**args)))
     if vision_state:
-        print_once(load_vision_from(model, vision_state, config.vision_from))
+        note(load_vision_from(model, vision_state, config.vision_from))
     return model
-
 
 def init_from_checkpoint(config, enc, checkpoint):
     """The model of init_from, to which this run adds positions, tokens, LoRA, and vision if it has none."""
@@ -207,16 +203,15 @@ def init_from_checkpoint(config, enc, checkpoint):
         new = {name: getattr(config, name) for name in knobs_of(VisionConfig) if name not in ('block_size', 'n_embd')}
         args.update({**new, **vision_args, 'image_token': enc.image_id})
     model = build_model(checkpoint, source, **args)
-    print_once(f'{source}:\n{model.load_report}')
+    note(f'{source}:\n{model.load_report}')
     if vision_state:
-        print_once(load_vision_from(model, vision_state, config.vision_from))
+        note(load_vision_from(model, vision_state, config.vision_from))
         model.match_rms()
     kept = [f'{name} {known[name]!r}' for name in knobs_of(GPTConfig)
             if name not in args and known[name] != getattr(config, name)]
     if kept:
-        print_once('as in the checkpoint: ' + ', '.join(kept))
+        note('as in the checkpoint: ' + ', '.join(kept))
     return model
-
 
 def resume_model(config, checkpoint, source):
     """The model of this run's own checkpoint. Raises ValueError if the run cannot continue exactly."""
@@ -232,11 +227,10 @@ def resume_model(config, checkpoint, source):
         if new == old or key == 'init_from':
             continue
         if key in knobs_of(GPTConfig) and key != 'dropout':
-            print_once(f'note: {key} stays {old!r}, because a resumed run keeps its model')
+            note(f'note: {key} stays {old!r}, because a resumed run keeps its model')
         else:
-            print_once(f'note: {key} was {old!r}, and is {new!r} from now on')
+            note(f'note: {key} was {old!r}, and is {new!r} from now on')
     return model
-
 
 def read_vision_from(config):
     """({field of GPTConfig: value}, {name: tensor}) of vision_from; empty without it."""
@@ -244,27 +238,18 @@ def read_vision_from(config):
         return {}, {}
     vision_args, state = vision_of(read_weights(config.vision_from), config.vision_from, config.connector)
     changed = [f'{name} {value!r}' for name, value in vision_args.items() if getattr(config, name, value) != value]
-    print_once(f'{config.vision_from}: ' + (', '.join(changed) or 'the configuration of this run'))
+    note(f'{config.vision_from}: ' + (', '.join(changed) or 'the configuration of this run'))
     return vision_args, state
-
 
 def pad_vocab(n):
     """A multiple of 64, for efficiency; the spare ids are never generated."""
     return -(-n // 64) * 64
 
-
-def print_once(text):
-    """On stderr, from the first process only."""
-    if int(os.environ.get('RANK', 0)) == 0:
-        print(text, file=sys.stderr)
-
-
 # -----------------------------------------------------------------------------
 # optimizers: a learning rate for each part, Muon; MFU
 
 def configure_optimizers(model, config):
-    """
-    A list of optimizers over the parts of a model, each with its own learning rate: learning_rate of the
+    """A list of optimizers over the parts of a model, each with its own learning rate: learning_rate of the
     GPT, vision_lr, qformer_lr and connector_lr. A rate of 0 freezes the part: no gradient, no optimizer
     state, eval mode. Matrices and embeddings decay, biases and norms don't. With lora_rank only the updates
     of the GPT are trained. What is trained becomes float32: a small update is lost in bfloat16's rounding.
@@ -307,10 +292,8 @@ def configure_optimizers(model, config):
     model.train(model.training)
     return optimizers
 
-
 class Muon(torch.optim.Optimizer):
-    """
-    Muon (https://kellerjordan.github.io/posts/muon): SGD with Nesterov momentum whose update, a matrix, is
+    """Muon (https://kellerjordan.github.io/posts/muon): SGD with Nesterov momentum whose update, a matrix, is
     replaced by roughly the nearest orthogonal matrix, so that all of its directions count alike; with
     decoupled weight decay. Steps as torch.optim.Muon does, but orthogonalizes all matrices of one shape in
     one call: there are many small ones.
@@ -337,10 +320,8 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
                 p.add_(update, alpha=-group['lr'] * max(1, rows / cols) ** 0.5)
 
-
 def orthogonalize(x, steps=5):
-    """
-    Matrices (N, rows, cols) with singular value decompositions U S V^T -> U S' V^T, S' between 0.7 and 1.2:
+    """Matrices (N, rows, cols) with singular value decompositions U S V^T -> U S' V^T, S' between 0.7 and 1.2:
     Newton-Schulz iteration with the coefficients of https://kellerjordan.github.io/posts/muon. Matrix
     products only; in bfloat16 on a GPU, in float32 on a CPU, where bfloat16 can be many times slower.
     """
@@ -354,15 +335,12 @@ def orthogonalize(x, steps=5):
         x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x - 4.775 a x + 2.0315 a a x
     return x.mT if is_tall else x
 
-
 # peak FLOPS in bfloat16, or float16 where there is no bfloat16, without sparsity, by a part of the GPU's name
 PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'A10': 125e12,
               'L4': 121e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'V100': 125e12, 'T4': 65e12}
 
-
 def estimate_flops(model, batch):
-    """
-    The operations of a training step on a batch: 2 a weight and token forward, 2 for the gradient of the
+    """The operations of a training step on a batch: 2 a weight and token forward, 2 for the gradient of the
     activations, unless nothing before or in the part is trained, and 2 for that of the weights, if those
     are trained; and the GPT's attention. See PaLM paper Appendix B, https://arxiv.org/abs/2204.02311.
     """
@@ -385,7 +363,6 @@ def estimate_flops(model, batch):
         total += 12 * model.config.n_layer * attn.n_head * attn.head_dim * idx.shape[1] * tokens['gpt']
     return total
 
-
 def estimate_mfu(flops, seconds, gpu):
     """Model flops utilization: the share of a GPU's peak FLOPS, or None if its peak is not known here."""
     name = torch.cuda.get_device_name(gpu)
@@ -393,7 +370,6 @@ def estimate_mfu(flops, seconds, gpu):
         if part in name:
             return flops / seconds / peak
     return None
-
 
 # -----------------------------------------------------------------------------
 # a step
@@ -411,10 +387,8 @@ def get_lr_scale(it, config, top_lr):
     ratio = (it - config.warmup_iters) / (end - config.warmup_iters)
     return floor + (1 - floor) * 0.5 * (1.0 + math.cos(math.pi * ratio))
 
-
 def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, stop):
-    """
-    One optimizer step over this rank's micro-batches. The gradient is that of the mean loss over everything
+    """One optimizer step over this rank's micro-batches. The gradient is that of the mean loss over everything
     in the loss, on all ranks: a mean of means would weigh short answers more. Returns (loss in nats, number
     of tokens, whether any rank wants to stop).
     """
@@ -450,7 +424,6 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
     scaler.update()
     return summed / weight, tokens, bool(stop)
 
-
 # -----------------------------------------------------------------------------
 # batches: loader processes that draw and tokenize ahead
 
@@ -459,13 +432,11 @@ def ignore_signals(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-
 def stop_workers():
     """At the end of the training process, for whatever reason it ends."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain
     for process in multiprocessing.active_children():
         process.kill()
-
 
 def open_loader(rows, config, enc, model_config, dist_env, iter_num, cache):
     """This rank's micro-batches from step iter_num on: of those of a step, every world_size-th."""
@@ -480,7 +451,6 @@ def open_loader(rows, config, enc, model_config, dist_env, iter_num, cache):
                                             worker_init_fn=ignore_signals, pin_memory=dist_env.device_type == 'cuda',
                                             prefetch_factor=4 if config.num_workers else None))
 
-
 def next_batches(loader, n):
     """The micro-batches of this rank's next step. Raises ValueError if one of them could not be made."""
     batches = list(itertools.islice(loader, n))
@@ -489,13 +459,11 @@ def next_batches(loader, n):
             raise ValueError(batch['error'])
     return batches
 
-
 # -----------------------------------------------------------------------------
 # what a run leaves
 
 def save_checkpoint(path, checkpoint, keep=0):
-    """
-    Writes to a temporary name and renames: whatever happens meanwhile, the last good file stays. `keep`: how
+    """Writes to a temporary name and renames: whatever happens meanwhile, the last good file stays. `keep`: how
     many copies to keep as ckpt_ITER.pt, the newest ones. Raises OSError if it cannot be written.
     """
     temporary = path + '.tmp'
@@ -516,7 +484,6 @@ def save_checkpoint(path, checkpoint, keep=0):
         shutil.copy(path, os.path.join(folder, f'ckpt_{checkpoint["iter_num"]:08d}.pt'))
         for older in sorted(glob.glob(os.path.join(folder, 'ckpt_[0-9]*.pt')))[:-keep]:
             os.remove(older)
-
 
 class Log:
     """log.jsonl, from the first process only. A resumed run drops the rows that came after its checkpoint."""
@@ -542,7 +509,6 @@ class Log:
         if self.wandb:
             self.wandb.log({**row.get('eval', row), 'iter': row['iter']}, step=row['iter'])
 
-
 def rows_until(path, iter_num):
     """The lines of the steps before iter_num. The evaluation at iter_num itself is repeated."""
     kept = []
@@ -559,14 +525,12 @@ def rows_until(path, iter_num):
                                  'that line') from None
     return kept
 
-
 def print_parameters(model, dist_env):
     """The size of each part, and how much of it is trained."""
     millions = lambda parameters: f'{sum(p.numel() for p in parameters) / 1e6:.2f}M'
     counts = [f'{part} {millions(named.values())} ({millions(p for p in named.values() if p.requires_grad)} trained)'
               for part, named in model.param_groups().items() if named]
-    print_once(f'parameters: {", ".join(counts)}; on {dist_env.world_size} x {dist_env.device_type}, {dist_env.dtype}')
-
+    note(f'parameters: {", ".join(counts)}; on {dist_env.world_size} x {dist_env.device_type}, {dist_env.dtype}')
 
 # -----------------------------------------------------------------------------
 # the loop
@@ -595,7 +559,7 @@ def main():
     if config.feature_cache and not config.augment:
         cache = FeatureCache.find(dataset_folder(config.dataset), raw_model.config, published_fingerprint(raw_model))
     if cache:
-        print_once(f'using cached features from {cache.folder}')
+        note(f'using cached features from {cache.folder}')
     scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dtype == torch.float16)
     autocast = torch.autocast(dist_env.device_type, dtype, enabled=dtype != torch.float32)
 
@@ -700,9 +664,8 @@ def main():
         del model       # and DDP holds on to the process group's threads
         dist.destroy_process_group()
     if stop:
-        print_once(f'saved after step {iter_num}; continue with --init_from=resume')
+        note(f'saved after step {iter_num}; continue with --init_from=resume')
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
-
 
 if __name__ == '__main__':
     run(main)

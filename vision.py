@@ -54,11 +54,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-
 def derived(default):
     """A field that no user sets: the tokenizer, or a pretrained encoder, determines it."""
     return field(default=default, metadata={'derived': True})
-
 
 @dataclass
 class VisionConfig:
@@ -94,16 +92,13 @@ class VisionConfig:
     objective: str = 'lm'     # lm trains a GPT; itc, itc+itm, itc+itm+itg train encoder and Q-Former
     proj_dim: int = 256       # width of the embeddings in which images and captions are compared
 
-
 def is_pretrained(config):
     """Whether the encoder has published weights: its name has a slash, like ViT-L-14-quickgelu/openai."""
     return '/' in config.vision_encoder
 
-
 def cell_size(config):
     """Side, in patches, of the square that becomes one image token: pool_size for `pool`, else 1."""
     return config.pool_size if config.connector == 'pool' else 1
-
 
 # -----------------------------------------------------------------------------
 # image files, also in archives, which are read in place and not kept open
@@ -112,10 +107,8 @@ ARCHIVE = re.compile(r'(.+?\.(?:zip|tar|tar\.gz|tgz))/(.+)')
 MEMBER = np.dtype([('name', '<u8'), ('offset', '<i8'), ('size', '<i8'), ('method', '<u4'), ('crc', '<u4')])
 IN_TAR = 1 << 16  # `method` of a tar's members: they are not compressed, and have no checksum
 
-
 def load_image(source, draft=None):
-    """
-    A path or PIL image -> RGB PIL image, upright, transparency on white. `draft`, a size, makes JPEGs faster.
+    """A path or PIL image -> RGB PIL image, upright, transparency on white. `draft`, a size, makes JPEGs faster.
     Raises ValueError if there is no such file, or it is no image that can be read.
     """
     try:
@@ -134,7 +127,6 @@ def load_image(source, draft=None):
     except Exception as error:  # for a damaged file Pillow, zlib and struct raise nearly anything
         raise ValueError(f'{source} is not an image that can be read: {error}') from error
 
-
 def image_error(path):
     """'' for an image that training can load, else the reason. The decision is load_image's."""
     try:
@@ -143,7 +135,6 @@ def image_error(path):
         is_missing = isinstance(error.__cause__, FileNotFoundError)
         return 'the image is missing' if is_missing else 'the image is broken'
     return ''
-
 
 def augment_image(image, rng, augment):
     """A random crop of half the image or more, brightness, contrast and saturation. Mirroring would swap left and right."""
@@ -160,7 +151,6 @@ def augment_image(image, rng, augment):
         for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
     return image
-
 
 def read_bytes(path):
     """The bytes of a file or of a member of an archive, checked. FileNotFoundError if missing; whatever zlib raises."""
@@ -188,11 +178,9 @@ def read_bytes(path):
         raise ValueError('its checksum is wrong')
     return data
 
-
 def map_members(archive):
     """The members of an archive: an array of MEMBER, sorted by the hashes of their names."""
     return map_index(archive, index_archive, MEMBER)
-
 
 def index_archive(path, f):
     """Writes the members of an archive to f. ValueError if it is broken or compressed as a whole."""
@@ -213,10 +201,8 @@ def index_archive(path, f):
     members = np.array([(hash64(name), *rest) for name, *rest in rows], MEMBER)
     f.write(members[members['name'].argsort(kind='stable')].tobytes())
 
-
 def hash64(text):
     return int.from_bytes(hashlib.sha256(text.encode(errors='replace')).digest()[:8], 'big')
-
 
 def map_index(path, build, dtype, suffix='index'):
     """
@@ -242,13 +228,11 @@ def map_index(path, build, dtype, suffix='index'):
         os.replace(f.name, index)
     return map_index(path, build, dtype, suffix)
 
-
 # -----------------------------------------------------------------------------
 # an image becomes patches
 
 def preprocess(image, config):
-    """
-    Cuts an RGB PIL image into patches. Returns
+    """Cuts an RGB PIL image into patches. Returns
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
     The patches come cell by cell, the k x k of one image token next to each other: pooling is a reshape.
@@ -272,14 +256,12 @@ def preprocess(image, config):
         grid = F.pad(grid, (0, 0, 1, 0))
     return patches, grid
 
-
 def cut(array, k, height, width):
     """(H, W, C) -> pieces of height x width as rows of (L, height * width * C), cell by cell of k x k."""
     H, _, C = array.shape
     array = array.reshape(H // (k * height), k, height, -1, k, width, C)
     array = array.transpose(0, 3, 1, 4, 2, 5, 6)            # (rows, cols, k, k, height, width, C)
     return torch.from_numpy(array.reshape(-1, height * width * C))
-
 
 def resize(image, config):
     """An RGB PIL image at the size at which the encoder reads it; bicubic, Pillow's default."""
@@ -289,10 +271,8 @@ def resize(image, config):
         image = crop_line(image)
     return image.resize(scaled_size(*image.size, config))
 
-
 def resize_to_square(image, config):
-    """
-    An image as a pretrained encoder takes it, image_size x image_size pixels:
+    """An image as a pretrained encoder takes it, image_size x image_size pixels:
         pad     the whole image in its own aspect, the rest filled with the encoder's mean color (LLaVA-1.5)
         squash  the whole image, distorted to a square: uses every pixel of the square, good for pages
         crop    its center, the shorter side whole: what CLIP was trained on; it cuts off a page's margins
@@ -310,10 +290,8 @@ def resize_to_square(image, config):
     whole = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14
     return image.crop((0, 0, whole, whole))
 
-
 def scaled_size(width, height, config):
-    """
-    The size in pixels, (width, height), at which the ViT reads an image: its own, or that with a height of
+    """The size in pixels, (width, height), at which the ViT reads an image: its own, or that with a height of
     line_height, if it makes at most max_image_tokens tokens, else the largest of the same aspect that does.
     Raises ValueError if that shrinks one side to less than a quarter of a patch.
     """
@@ -329,10 +307,8 @@ def scaled_size(width, height, config):
                          f'{config.max_image_tokens} tokens: cut it into pieces or raise max_image_tokens')
     return max(1, round(width * scale)), max(1, round(height * scale))
 
-
 def crop_line(image):
-    """
-    A line of text in black on white and without its margins, from the top of its letters to a third of
+    """A line of text in black on white and without its margins, from the top of its letters to a third of
     their height below the baseline: letters of one font size come out in one size, whatever the margins,
     colors and letters. Ink differs from the background by more than a quarter of the strongest contrast.
     The baseline is the row below which most ink ends. An image without ink is returned as it is.
@@ -353,7 +329,6 @@ def crop_line(image):
     line.paste(Image.fromarray(black_on_white), (-left, -top))
     return line.convert('RGB')
 
-
 def num_tokens(image, config):
     """Number of image tokens of an image: (patches, grid), or (features, grid) out of a feature cache."""
     if config.connector == 'qformer':
@@ -361,10 +336,8 @@ def num_tokens(image, config):
     x, grid = image
     return len(grid) if x.is_floating_point() else len(grid) // cell_size(config) ** 2
 
-
 def collate(images, config):
-    """
-    Pads the images of a batch, a list of (patches, grid), to the longest. Returns
+    """Pads the images of a batch, a list of (patches, grid), to the longest. Returns
         patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
     An empty list becomes one image that is only padding. It adds no token, but the vision parameters get
@@ -376,7 +349,6 @@ def collate(images, config):
     patches, grids = zip(*images)
     return pad_sequence(patches, batch_first=True), pad_sequence(grids, batch_first=True, padding_value=-1)
 
-
 # -----------------------------------------------------------------------------
 # the encoder: a small ViT, trained from scratch
 
@@ -386,19 +358,16 @@ class Freezable(nn.Module):
     def train(self, mode=True):
         return super().train(mode and any(p.requires_grad for p in self.parameters()))
 
-
 def attend(q, k, v, n_head, mask):
     """Multi-head attention of q (N, T, C) to k, v (N, L, C); mask: bool, broadcastable to (N, nh, T, L)."""
     q, k, v = (t.unflatten(-1, (n_head, -1)).transpose(1, 2) for t in (q, k, v))  # (N, nh, T or L, hs)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.transpose(1, 2).flatten(2)                                         # (N, T, C)
 
-
 def padding_mask(valid):
     """valid (N, L) -> the attention mask (N, 1, 1, L)."""
     # softmax needs something to attend to: in an image that is only padding, the padding
     return (valid | ~valid.any(1, keepdim=True))[:, None, None]
-
 
 class Block(nn.Module):
     """A pre-norm Transformer block with bidirectional attention."""
@@ -418,10 +387,8 @@ class Block(nn.Module):
         x = x + self.attn_proj(attend(q, k, v, self.n_head, mask))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
 
-
 class ViT(Freezable):
-    """
-    Patches to features. The position of a patch is the sum of a row and a column embedding, so any grid
+    """Patches to features. The position of a patch is the sum of a row and a column embedding, so any grid
     within max_image_tokens cells works and no position table has to be interpolated.
     """
 
@@ -460,20 +427,17 @@ class ViT(Freezable):
             x = block(x, mask)
         return self.ln_f(x)                                                     # (N, L, C)
 
-
 def sinusoids(length, width):
     """(length, width) table of sines and cosines of falling frequency, with an RMS of 0.3."""
     frequency = torch.exp(-math.log(200) * torch.arange(0, width, 2) / width)
     angle = torch.arange(length)[:, None] * frequency
     return math.sqrt(2) * 0.3 * torch.cat([angle.sin(), angle.cos()], dim=1)[:, :width]
 
-
 # -----------------------------------------------------------------------------
 # the encoder: a published one
 
 class PretrainedEncoder(Freezable):
-    """
-    The image tower of a published model, with its weights. The name says which:
+    """The image tower of a published model, with its weights. The name says which:
 
         ViT-L-14-quickgelu/openai     open_clip's name and its tag; CLIP, SigLIP, SigLIP2, PE-Core, EVA, ...
         ViT-L-14-quickgelu/FILE       the same with weights from a local file
@@ -520,7 +484,6 @@ class PretrainedEncoder(Freezable):
         out[:, self.order] = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
         return out
 
-
 def forward_features(tower, x, layer, keep_cls):
     """Normalized pixels (N, 3, S, S) -> features of a layer (N, L, C), class token first, then row by row."""
     is_last = layer == -1
@@ -537,10 +500,8 @@ def forward_features(tower, x, layer, keep_cls):
     x = x.flatten(2).transpose(1, 2)                                            # (N, rows * cols, C)
     return torch.cat([prefix[:, :1], x], dim=1) if keep_cls else x
 
-
 def complete_config(config):
-    """
-    The config with what a pretrained encoder determines: the size, mean and std of its images, the size of
+    """The config with what a pretrained encoder determines: the size, mean and std of its images, the size of
     its patches. Reads no weights. Raises ValueError for a wrong name, also for one with another activation
     than its weights were trained with: OpenAI's need the names with "quickgelu".
     """
@@ -549,11 +510,9 @@ def complete_config(config):
     *_, fields = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
     return replace(config, **fields)
 
-
 @functools.lru_cache
 def tower_shape(name, layer, keep_cls):
-    """
-    What has to be known of a tower before its weights are read: the width of its features, the names of the
+    """What has to be known of a tower before its weights are read: the width of its features, the names of the
     parameters without an effect, and the fields of the config that it determines. Found by a forward and a
     backward pass on the meta device, which has shapes and no numbers.
     """
@@ -581,14 +540,12 @@ def tower_shape(name, layer, keep_cls):
                   patch_height=patch, patch_width=patch)
     return x.shape[2], unused, fields
 
-
 def split_name(name):
     """An encoder's name as (name of the model in its library, tag or file of its weights)."""
     if name.startswith(('hf-hub:', 'local-dir:')):
         return name, ''
     model, _, weights = name.removeprefix('timm/').partition('/')
     return model, weights
-
 
 def open_tower(name, load, device='cpu'):
     """The named image tower. Without `load` its weights are random and nothing is read."""
@@ -608,7 +565,6 @@ def open_tower(name, load, device='cpu'):
         reason = str(error).partition('\n')[0]
         raise ValueError(f'{name} cannot be loaded ({reason}): connect once to download it, or name a file '
                          'of its weights, like ViT-L-14-quickgelu/FILE.safetensors') from error
-
 
 def published_preprocessing(name):
     """open_clip's mean, std and quick_gelu of the named weights, or {}. Raises ValueError for a wrong name."""
@@ -631,10 +587,8 @@ def published_preprocessing(name):
                          f'{other}/{weights}')
     return published
 
-
 def file_preprocessing(model, path):
-    """
-    The same of a model's weights in a local file: from the open_clip_config.json next to it, or from the
+    """The same of a model's weights in a local file: from the open_clip_config.json next to it, or from the
     model's published weights, if all of them agree. Otherwise {}, and a note says what is assumed.
     """
     import open_clip
@@ -653,18 +607,15 @@ def file_preprocessing(model, path):
           'assumed: put its open_clip_config.json next to it', file=sys.stderr)
     return {}
 
-
 def did_you_mean(word, words):
     close = difflib.get_close_matches(word, words, n=3)
     return f': did you mean {" or ".join(close)}?' if close else ''
-
 
 def check_file(path):
     """The path, if there is such a file."""
     if not Path(path).is_file():
         raise ValueError(f'{path!r} is neither a tag of its weights nor a file')
     return path
-
 
 def fingerprint(tensors):
     """16 hex digits that identify a set of named tensors, for a checkpoint that leaves them out."""
@@ -673,7 +624,6 @@ def fingerprint(tensors):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
 
 # -----------------------------------------------------------------------------
 # the connector
@@ -684,7 +634,6 @@ def pool(x, grid, k):
     # a cell at the border of an image holds fewer patches: its mean is over those
     total = (x.unflatten(1, (-1, k**2)) * valid).sum(2)                         # (N, L', C)
     return total / valid.sum(2).clamp(min=1), valid.any(2).squeeze(-1)
-
 
 class Attention(nn.Module):
     """Multi-head attention of x to `context`, x itself or an image; residual and post-norm as in BERT."""
@@ -702,7 +651,6 @@ class Attention(nn.Module):
         y = attend(self.q(x), self.k(context), self.v(context), self.n_head, mask)
         return self.ln(x + self.proj(y))
 
-
 class FeedForward(nn.Module):
     """BERT's: two layers, residual and post-norm."""
 
@@ -715,10 +663,8 @@ class FeedForward(nn.Module):
     def forward(self, x):
         return self.ln(x + self.proj(F.gelu(self.fc(x))))
 
-
 class QFormerBlock(nn.Module):
-    """
-    Queries and text share one self-attention, whose mask says which attends to which. Then queries attend
+    """Queries and text share one self-attention, whose mask says which attends to which. Then queries attend
     to the image, if this layer has cross-attention. Queries and text have their own feed-forward networks.
     """
 
@@ -740,10 +686,8 @@ class QFormerBlock(nn.Module):
             queries = self.query_mlp(queries)
         return torch.cat([queries, self.text_mlp(text)], dim=1) if text.shape[1] else queries
 
-
 def qformer_mask(objective, n_queries, is_token):
-    """
-    Which position attends to which in the Q-Former's self-attention, bool (N, 1, K + T, K + T); is_token
+    """Which position attends to which in the Q-Former's self-attention, bool (N, 1, K + T, K + T); is_token
     (N, K + T) is False at padding. A row attends to the columns with a 1; here with two queries and three
     tokens:
 
@@ -767,10 +711,8 @@ def qformer_mask(objective, n_queries, is_token):
         mask[n_queries:, n_queries:].tril_()
     return mask & is_token[:, None, None]
 
-
 class QFormer(Freezable):
-    """
-    BLIP-2's Querying Transformer: a BERT in which n_queries trained vectors attend to an image in every
+    """BLIP-2's Querying Transformer: a BERT in which n_queries trained vectors attend to an image in every
     qformer_cross_every-th layer, from the first on, and carry what they read. With vocab_size > 0 it reads
     text too, which the first stage of training needs.
 
@@ -820,10 +762,8 @@ class QFormer(Freezable):
             x = block(x, K, mask, image, valid)
         return x[:, :K], x[:, K:]
 
-
 class Connector(Freezable):
-    """
-    Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others are
+    """Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others are
     LLaVA-1.5's two layers: on all features (mlp), on their means (pool), on a Q-Former's queries (qformer).
     """
 
@@ -839,10 +779,8 @@ class Connector(Freezable):
     def forward(self, x):
         return self.net(x)
 
-
 class Vision(nn.Module):
-    """
-    Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd), which are valid (N, L').
+    """Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd), which are valid (N, L').
     Cached features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
     load=False reads no published weights: those of a checkpoint come next. With pretraining=True, in
     BLIP-2's first stage, there is no GPT to connect to, and the Q-Former reads text itself.
@@ -877,8 +815,7 @@ class Vision(nn.Module):
 
     @torch.no_grad()
     def match_rms(self, rms):
-        """
-        Scales the connector's last layer so that the embeddings of a seeded image have the RMS of the GPT's
+        """Scales the connector's last layer so that the embeddings of a seeded image have the RMS of the GPT's
         token embeddings, `rms`. If they are much smaller or larger, training starts badly.
         """
         blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
@@ -887,7 +824,6 @@ class Vision(nn.Module):
         scale = rms / emb[valid].square().mean().sqrt()
         for p in self.connector.net[-1].parameters():
             p.mul_(scale)
-
 
 class FeatureCache:
     """cache[path] is (features float32 (L', C), grid (L', 2)). The folder's name is a hash of what the features depend on."""
@@ -915,7 +851,6 @@ class FeatureCache:
                              'or train with --feature_cache=False') from None
         return features, torch.zeros(len(features), 2, dtype=torch.int64)
 
-
 def group_parameters(model):
     """{part: {name: parameter}} of a model: the parts that can have a learning rate each."""
     groups = {'vision': {}, 'qformer': {}, 'connector': {}, 'gpt': {}}
@@ -924,13 +859,11 @@ def group_parameters(model):
         groups['vision' if part == 'encoder' else part][name] = p
     return groups
 
-
 # -----------------------------------------------------------------------------
 # BLIP-2's first stage: encoder and Q-Former, without a GPT
 
 class QFormerPretraining(nn.Module):
-    """
-    Trains encoder and Q-Former on images and captions by up to three objectives (config.objective), as
+    """Trains encoder and Q-Former on images and captions by up to three objectives (config.objective), as
     BLIP-2 does; a GPT can then take both over (train.py's vision_from).
 
         itc  contrast: each image has to find its caption among those of all ranks, and each caption its
@@ -990,8 +923,7 @@ class QFormerPretraining(nn.Module):
         return len(batch['idx'])
 
     def captions(self, batch):
-        """
-        The ids in the loss, (B, block_size), padded with -1. Raises ValueError unless each row has one
+        """The ids in the loss, (B, block_size), padded with -1. Raises ValueError unless each row has one
         image, counted by its n_queries <image> ids, and a caption.
         """
         idx, targets = batch['idx'], batch['targets']
@@ -1063,7 +995,6 @@ class QFormerPretraining(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), opened[:, 1:].flatten(), ignore_index=-1,
                                label_smoothing=self.smoothing)
 
-
 class Gather(torch.autograd.Function):
     """x of all ranks, concatenated. The gradients that the ranks have for this rank's x come back, summed."""
 
@@ -1078,7 +1009,6 @@ class Gather(torch.autograd.Function):
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
 
 @torch.no_grad()
 def sample_hard_negatives(similarity, same):
