@@ -32,6 +32,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from vision import (Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint,
                     group_parameters)
@@ -57,7 +58,7 @@ class GPTConfig(VisionConfig):
     lora_rank: int = 0        # > 0: the GPT is frozen, and an update of this rank of each Linear is trained
     lora_alpha: float = 16.0  # the update is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.0
-    lora_scope: str = 'all'   # image: the update acts from a sequence's first image on
+    lora_scope: str = 'all'   # image: the update acts from a document's first image on
 
 def check_config(config):
     """Raises ValueError for a configuration that no GPT can have."""
@@ -123,6 +124,49 @@ def apply_rope(x, cos, sin):
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
+# packed rows: several documents one after another, https://arxiv.org/abs/2107.02027
+
+def count_in_document(x, docs):
+    """x (B, T), bool -> how many are True up to each token: in its row, or in its document if docs (B, T) is given."""
+    count = x.cumsum(1)
+    if docs is None:
+        return count
+    is_first = docs != F.pad(docs, (1, 0), value=-2)[:, :-1]
+    before = torch.where(is_first, count - x.long(), 0).cummax(1).values  # counted before the document's first token
+    return count - before
+
+def document_mask(docs):
+    """docs (B, T) -> the mask by which each token attends to itself and those before it in its own document. Two
+    documents of two and three tokens, then padding, which is document -1:
+
+          a a b b b -
+        a 1 . . . . .        On CUDA a BlockMask, by which FlexAttention skips blocks of zeros
+        a 1 1 . . . .        (https://arxiv.org/abs/2412.05496); elsewhere bool (B, 1, T, T),
+        b . . 1 . . .        because FlexAttention has no backward pass on a CPU.
+        b . . 1 1 . .
+        b . . 1 1 1 .
+        - . . . . . 1
+    """
+    if docs.is_cuda:
+        return document_block_mask(docs)
+    return (docs[:, :, None] == docs[:, None]).tril()[:, None]
+
+def document_block_mask(docs):
+    """The same as a BlockMask."""
+    B, T = docs.shape
+    allows = lambda b, h, q, k: (q >= k) & (docs[b, q] == docs[b, k])
+    make = compiled_block_mask if docs.is_cuda else create_block_mask
+    return make(allows, B, None, T, T, device=docs.device)
+
+def attend_in_blocks(q, k, v, mask, enable_gqa):
+    """FlexAttention under a BlockMask; compiled on CUDA, because otherwise it computes the whole (T, T) matrix."""
+    attend = compiled_flex_attention if q.is_cuda else flex_attention
+    return attend(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+
+# compiled when they are first called
+compiled_block_mask = torch.compile(create_block_mask)
+compiled_flex_attention = torch.compile(flex_attention)
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -143,10 +187,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope=None, lora_mask=None, cache=None, cache_pos=None, mask=None):
         """x (B, T, C); rope: (cos, sin) as in `apply_rope`, None for learned positions; lora_mask (B, T, 1),
-        bool: the tokens at which LoRA's updates act, None for all. Without a cache: causal attention over
-        the T tokens. With one, a pair of tensors (B, S, n_kv_head, hs): the keys and values of these T
-        tokens are written to its positions cache_pos (B, T), and the queries attend to those that `mask`
-        allows, bool, broadcastable to (B, 1, T, S).
+        bool: the tokens at which LoRA's updates act, None for all. Queries attend to the keys that `mask` allows:
+        bool, broadcastable to (B, 1, T, S), or a BlockMask; None is causal attention over the T tokens. With a
+        cache, a pair of tensors (B, S, n_kv_head, hs), the keys and values of these T tokens are first written
+        to its positions cache_pos (B, T).
         """
         B, T, _ = x.shape
         heads = self.c_attn(x, lora_mask).view(B, T, -1, self.head_dim)         # (B, T, nh + 2 n_kv_head, hs)
@@ -161,9 +205,13 @@ class CausalSelfAttention(nn.Module):
             k, v = cache
         q, k = q.to(v.dtype), k.to(v.dtype)  # under CUDA's autocast q_norm and k_norm return float32
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # (B, nh or n_kv_head, T or S, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None,
-                                           dropout_p=self.dropout if self.training else 0.0,
-                                           enable_gqa=self.n_kv_head < self.n_head)
+        enable_gqa = self.n_kv_head < self.n_head
+        if isinstance(mask, BlockMask):
+            y = attend_in_blocks(q, k, v, mask, enable_gqa)
+        else:
+            dropout_p = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout_p,
+                                               enable_gqa=enable_gqa)
         y = y.transpose(1, 2).flatten(2)                                        # all heads concatenated
         return self.resid_dropout(self.c_proj(y, lora_mask))
 
@@ -243,11 +291,12 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # a sequence with images in it
 
-    def embed(self, idx, images=None):
+    def embed(self, idx, images=None, docs=None):
         """idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: (patches, grid) from
-        vision.collate, all images of the batch, row by row; or None. Returns embeddings (B, T, C), position
-        embeddings included if those are learned, and positions (B, T). Raises ValueError if the numbers of
-        <image> ids and image tokens differ, or block_size is exceeded.
+        vision.collate, all images of the batch, row by row; or None. docs (B, T): in packed rows, the number of
+        each token's document. Returns embeddings (B, T, C), position embeddings included if those are learned,
+        and positions (B, T), which restart with each document. Raises ValueError if the numbers of <image> ids
+        and image tokens differ, or block_size is exceeded.
         """
         B, T = idx.shape
         x = self.transformer.wte(idx.clamp(min=0))                              # (B, T, C)
@@ -265,7 +314,7 @@ class GPT(nn.Module):
             x = torch.where(is_image[..., None], emb.to(x.dtype).flatten(0, 1)[source], x)
             # only an image's first token advances the position
             advances = advances & (~is_image | (source % L == 0))
-        pos = (advances.cumsum(1) - 1).clamp(min=0)                             # (B, T)
+        pos = (count_in_document(advances, docs) - 1).clamp(min=0)              # (B, T)
         if not torch.compiler.is_compiling():  # reading values would break the graph
             if is_image.sum() != n_embeds:
                 raise ValueError(f'the sequence has {is_image.sum()} <image> ids, but the images make {n_embeds} tokens')
@@ -290,18 +339,19 @@ class GPT(nn.Module):
         angles = pos[..., None, None] * speed                                   # (B, T, 1, hs / 2) radians
         return angles.cos(), angles.sin()
 
-    def lora_mask(self, idx):
-        """Where LoRA's updates act, (B, T, 1), None for everywhere. lora_scope 'image': from the first image
-        on, which is how Phi-4 Multimodal keeps its language, https://arxiv.org/abs/2503.01743.
+    def lora_mask(self, idx, docs=None):
+        """Where LoRA's updates act, (B, T, 1), None for everywhere. lora_scope 'image': from a document's first
+        image on, which is how Phi-4 Multimodal keeps its language, https://arxiv.org/abs/2503.01743.
         """
         if self.config.lora_scope == 'all':
             return None
-        return (idx == self.config.image_token).cumsum(1)[..., None] > 0
+        return count_in_document(idx == self.config.image_token, docs)[..., None] > 0
 
-    def hidden(self, idx, images=None):
-        """The input of the head, (B, T, C); idx and images as in `embed`."""
-        x, pos = self.embed(idx, images)
-        return self.run_blocks(x, pos, self.lora_mask(idx))
+    def hidden(self, idx, images=None, docs=None):
+        """The input of the head, (B, T, C); idx, images and docs as in `embed`."""
+        x, pos = self.embed(idx, images, docs)
+        mask = None if docs is None else document_mask(docs)
+        return self.run_blocks(x, pos, self.lora_mask(idx, docs), mask=mask)
 
     def run_blocks(self, x, pos, lora_mask, caches=None, cache_pos=None, mask=None):
         """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one for each layer."""
@@ -310,16 +360,16 @@ class GPT(nn.Module):
             x = block(x, rope, lora_mask, cache, cache_pos, mask)
         return self.transformer.ln_f(x)
 
-    def logits(self, idx, images=None):
-        """(B, T, vocab_size); idx and images as in `embed`."""
-        return self.lm_head(self.hidden(idx, images))
+    def logits(self, idx, images=None, docs=None):
+        """(B, T, vocab_size); idx, images and docs as in `embed`."""
+        return self.lm_head(self.hidden(idx, images, docs))
 
     def forward(self, batch):
         """A batch of prepare_data.collate: idx, targets (B, T) int64, -1 for padding, and in targets where
-        nothing is in the loss; images as in `embed`. Returns {'lm': cross entropy in nats, summed over the
-        targets}.
+        nothing is in the loss; images, and docs if the rows are packed, as in `embed`. Returns {'lm': cross
+        entropy in nats, summed over the targets}.
         """
-        x = self.hidden(batch['idx'], batch['images']).flatten(0, 1)            # (B * T, C)
+        x = self.hidden(batch['idx'], batch['images'], batch.get('docs')).flatten(0, 1)  # (B * T, C)
         targets = batch['targets'].flatten()                                    # (B * T)
         if not torch.compiler.is_compiling():  # a graph cannot depend on the number of targets
             x, targets = x[targets >= 0], targets[targets >= 0]  # few, and the head is large

@@ -653,6 +653,9 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
         out.append((text, False, loss_on != 'postfix' or i == len(texts) - 1))
     return out if prompt_only else [*out, (tokenizer.end, True, True)]
 
+class TooLong(ValueError):
+    """An example needs more positions than block_size, and cannot be cut."""
+
 def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False, cache=None):
     """
     An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}, or (features, grid) of a FeatureCache.
@@ -675,7 +678,7 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     needed = len(ids) if prompt_only else 1 + max(positions, default=-1)
     if needed > config.block_size:
         subject = 'the prompt takes' if prompt_only else 'text and images up to the last image take'
-        raise ValueError(f'{subject} {needed} positions, but block_size is {config.block_size}: enlarge it')
+        raise TooLong(f'{subject} {needed} positions, but block_size is {config.block_size}: enlarge it')
     if not prompt_only:  # one more than block_size, because the last id is only a target
         del ids[config.block_size + 1:], in_loss[config.block_size + 1:]
     for position, image in reversed(list(zip(positions, images))):
@@ -687,44 +690,105 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     targets = [token if is_target else -1 for token, is_target in zip(ids[1:], in_loss[1:])]
     return {'idx': ids[:-1], 'targets': targets, 'images': images}
 
-def collate(examples, config):
+@dataclasses.dataclass(eq=False)
+class TokenizedExamples(torch.utils.data.Dataset):
+    """Item i is example i, tokenized; {"error": sentence} for what a user must read: a worker would add its traceback."""
+    examples: object
+    tokenizer: Tokenizer
+    config: vision.VisionConfig
+    loss_on: str
+    cache: object = None
+
+    def __getitem__(self, i):
+        try:
+            return tokenize(self.examples[i], self.tokenizer, self.config, self.loss_on, cache=self.cache)
+        except (ValueError, OSError) as error:
+            return {'error': str(error), 'is_too_long': isinstance(error, TooLong)}
+
+def collate(examples, config, n_images=0):
+    """Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; lengths int64 (B,); images,
+    the (patches, grid) of all of them, row by row, or None without vision; of packed rows also docs (B, T), as in `pack`.
+    n_images as in vision.collate. An {"error": sentence} among the examples is returned in place of a batch. ValueError if
+    ids and images disagree.
     """
-    Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; lengths int64 (B,); images, the
-    (patches, grid) of all of them, row by row, or None without vision. ValueError if ids and images disagree.
-    """
+    errors = [example for example in examples if 'error' in example]
+    if errors:
+        return errors[0]
+
     def pad(key):
         rows = [torch.tensor(example[key], dtype=torch.long) for example in examples]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, T)
 
-    lengths = torch.tensor([len(example['idx']) for example in examples])
-    batch = {'idx': pad('idx'), 'targets': pad('targets'), 'lengths': lengths, 'images': None}
+    batch = {key: pad(key) for key in ('idx', 'targets', 'docs') if key in examples[0]}
+    batch['lengths'] = (batch['idx'] >= 0).sum(1)
+    batch['images'] = None
     if config.vision_encoder:
         images = [image for example in examples for image in example['images']]
         n_ids = int((batch['idx'] == config.image_token).sum())
         n_tokens = sum(vision.num_tokens(image, config) for image in images)
         if n_ids != n_tokens:
             raise ValueError(f'the batch has {n_ids} <image> ids, but its images make {n_tokens} tokens')
-        batch['images'] = vision.collate(images, config)
+        batch['images'] = vision.collate(images, config, n_images)
     return batch
 
-@dataclasses.dataclass(eq=False)
-class Batches(torch.utils.data.Dataset):
-    """Micro-batch i of a run; {"error": sentence} for what a user must read, because a worker would add its traceback."""
-    examples: object
-    tokenizer: Tokenizer
-    config: vision.VisionConfig
-    batch_size: int
-    loss_on: str
-    cache: object = None
+# -----------------------------------------------------------------------------
+# packing: several documents in a row, so that few places are padding
 
-    def __getitem__(self, i):
-        indices = range(i * self.batch_size, (i + 1) * self.batch_size)
-        try:
-            examples = [tokenize(self.examples[j], self.tokenizer, self.config, self.loss_on, cache=self.cache)
-                        for j in indices]
-            return collate(examples, self.config)
-        except (ValueError, OSError) as error:
-            return {'error': str(error)}
+WAITING = 128  # so many documents wait for a row with room for them before a batch is finished
+
+def pack(documents, config, batch_size, max_images, left_out=0, static_images=False):
+    """Yields endless batches of `batch_size` rows of block_size tokens, filled with documents in their order: each goes to
+    the first row with room for it (first fit), or waits for the next batch. `docs` has the number of each token's document
+    in its row, -1 for padding. A row has at most max_images images. With static_images, the images of every batch are padded
+    to the same shape, so that torch.compile makes one graph.
+
+    documents: an endless iterator of (index, tokenized example or {"error": ...}). A document longer than a row is cut in
+    the text after its last image; if that is impossible, or it has too many images, it is left out and counted. `packing`
+    of a batch is what a resumed run needs: {'waiting': indices of the documents that wait, 'last': that of the last one
+    taken from the iterator, 'left_out': how many so far}. Its iterator has the waiting documents first.
+    """
+    n_images = batch_size * max_images if static_images else 0
+    waiting = []
+    while True:
+        rows = [{'idx': [], 'targets': [], 'docs': [], 'images': []} for _ in range(batch_size)]
+        stream = itertools.chain(waiting, documents)
+        waiting = []
+        while len(waiting) < WAITING:
+            index, document = next(stream)
+            if 'error' in document and not document['is_too_long']:
+                yield document
+            document = fit_document(document, config, max_images)
+            if document is None:
+                left_out += 1
+            elif not place_document(document, rows, config, max_images):
+                waiting.append((index, document))
+        for row in rows:
+            for key in ('idx', 'targets', 'docs'):
+                row[key] += [-1] * (config.block_size - len(row[key]))
+        state = {'waiting': [index for index, _ in waiting], 'last': index, 'left_out': left_out}
+        yield {**collate(rows, config, n_images), 'packing': state}
+
+def fit_document(document, config, max_images):
+    """The tokenized example, cut to a row's length in the text after its last image; None if it does not fit."""
+    if 'error' in document or len(document['images']) > max_images:
+        return None
+    T = config.block_size
+    idx, targets = document['idx'], document['targets']
+    if config.image_token in idx[T:] or max(targets[:T]) < 0:  # nothing is left to learn from
+        return None
+    return {**document, 'idx': idx[:T], 'targets': targets[:T]}
+
+def place_document(document, rows, config, max_images):
+    """Adds the document to the first row with room for it. Returns whether there was one."""
+    n_tokens = len(document['idx'])
+    for row in rows:
+        if len(row['idx']) + n_tokens <= config.block_size and len(row['images']) + len(document['images']) <= max_images:
+            number = row['docs'][-1] + 1 if row['docs'] else 0
+            row['docs'] += [number] * n_tokens
+            for key in ('idx', 'targets', 'images'):
+                row[key] += document[key]
+            return True
+    return False
 
 # -----------------------------------------------------------------------------
 # features of a frozen encoder, computed once

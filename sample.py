@@ -85,10 +85,10 @@ def note(text):
         print(text, file=sys.stderr)
 
 def to_device(batch, where):
-    """A collated batch with its tensors on the device `where`."""
+    """The tensors of a collated batch on the device `where`."""
     move = lambda tensor: tensor.to(where, non_blocking=True)
     images = batch['images'] and tuple(map(move, batch['images']))
-    return {'images': images, **{name: move(batch[name]) for name in ('idx', 'targets', 'lengths')}}
+    return {'images': images, **{name: move(value) for name, value in batch.items() if torch.is_tensor(value)}}
 
 def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=0.0, **generation):
     """Answers, a list of str, to conversations without their last answer or to texts to continue; none depends
@@ -408,11 +408,15 @@ def map_across_ranks(work, items, size, dist_env):
     starts = range(dist_env.rank * size, len(items), dist_env.world_size * size)
     progress = tqdm(starts, unit='batch', delay=5, leave=False, disable=dist_env.rank > 0)
     results = {i: work(items[i:i + size]) for i in progress}
-    if dist_env.ddp:
-        shares = [None] * dist_env.world_size
-        dist.all_gather_object(shares, results)
-        results = ChainMap(*shares)
+    results = ChainMap(*all_gather(results, dist_env))
     return [result for i in sorted(results) for result in results[i]]
+
+def all_gather(value, dist_env):
+    """The values of all ranks, a list."""
+    values = [value] * dist_env.world_size
+    if dist_env.ddp:
+        dist.all_gather_object(values, value)
+    return values
 
 def blank(examples):
     """The examples with white images of the same sizes."""

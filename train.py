@@ -34,8 +34,9 @@ from tqdm import tqdm
 from configurator import configure, knobs_of, run
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
-from prepare_data import Batches, Examples, dataset_folder, get_tokenizer, open_rows, parse_tasks
-from sample import Evaluation, best_dtype, find_device, note, to_device
+from prepare_data import (Examples, TokenizedExamples, collate, dataset_folder, get_tokenizer, open_rows, pack,
+                          parse_tasks)
+from sample import Evaluation, all_gather, best_dtype, find_device, note, to_device
 from vision import FeatureCache, VisionConfig, complete_config
 
 # -----------------------------------------------------------------------------
@@ -66,8 +67,10 @@ system_prompt = 'auto'         # system message of conversations without one; au
 tasks = 'ocr:1'                # what plain text becomes: ocr, continuation, text; with weights 'ocr:0.8 text:0.2'
 loss_on = 'assistant'          # of conversations: the assistant's messages are in the loss; or all
 gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
-batch_size = 12                # examples in a micro-batch
+batch_size = 12                # examples, or packed rows, in a micro-batch
 block_size = 1024              # positions of a sequence; an image takes one
+packing = False                # several documents in a row of block_size tokens, each attends to itself only
+max_images = 8                 # packing: images in a row, at most
 num_workers = 1                # processes that draw and tokenize ahead; 0 does it in the training process
 # images of text
 image_width = 256              # pixels of the box that the text is drawn into
@@ -438,18 +441,41 @@ def stop_workers():
     for process in multiprocessing.active_children():
         process.kill()
 
-def open_loader(rows, config, enc, model_config, dist_env, iter_num, cache):
-    """This rank's micro-batches from step iter_num on: of those of a step, every world_size-th."""
+def open_loader(rows, config, enc, model_config, dist_env, iter_num, packing, cache):
+    """This rank's micro-batches from step iter_num on: of those of a step, every world_size-th. With config.packing they
+    are packed rows of every world_size-th example, and `packing` says with which to go on.
+    """
     accumulation = config.gradient_accumulation_steps
-    length_warmup = config.length_warmup_iters * accumulation * config.batch_size  # in examples
-    examples = Examples(rows, config, config.seed, length_warmup=length_warmup)
-    batches = Batches(examples, enc, model_config, config.batch_size, config.loss_on, cache)
+    size = config.batch_size
+    examples = Examples(rows, config, config.seed, length_warmup=config.length_warmup_iters * accumulation * size)
+    dataset = TokenizedExamples(examples, enc, model_config, config.loss_on, cache)
     atexit.register(stop_workers)
-    order = (step * accumulation + micro_step for step in range(iter_num, config.max_iters)
-             for micro_step in range(dist_env.rank, accumulation, dist_env.world_size))
-    return iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=order, num_workers=config.num_workers,
-                                            worker_init_fn=ignore_signals, pin_memory=dist_env.device_type == 'cuda',
-                                            prefetch_factor=4 if config.num_workers else None))
+    make_loader = functools.partial(torch.utils.data.DataLoader, dataset, num_workers=config.num_workers,
+                                    worker_init_fn=ignore_signals)
+    if config.packing:
+        new = itertools.count(packing['last'] + dist_env.world_size, dist_env.world_size)
+        order, indices = itertools.tee(itertools.chain(packing['waiting'], new))
+        # workers tokenize one document at a time, and this process packs them in their order
+        documents = make_loader(batch_size=None, sampler=order, prefetch_factor=2 * size if config.num_workers else None)
+        return pack(zip(indices, documents), model_config, size, config.max_images, packing['left_out'], config.compile)
+    order = (range(i * size, (i + 1) * size) for step in range(iter_num, config.max_iters)
+             for i in range(step * accumulation + dist_env.rank, (step + 1) * accumulation, dist_env.world_size))
+    return iter(make_loader(batch_sampler=order, collate_fn=functools.partial(collate, config=model_config),
+                            pin_memory=dist_env.device_type == 'cuda', prefetch_factor=4 if config.num_workers else None))
+
+def packing_state(checkpoint, config, dist_env):
+    """Where this rank's packing starts, or goes on: its state as `pack` describes it."""
+    if checkpoint and len(checkpoint.get('packing', ())) == dist_env.world_size:
+        return checkpoint['packing'][dist_env.rank]
+    last, left_out = -1, 0
+    if checkpoint and checkpoint.get('packing'):
+        last = max(state['last'] for state in checkpoint['packing'])
+        left_out = sum(len(state['waiting']) for state in checkpoint['packing'])
+        note(f'note: {left_out} documents that waited for a row are left out, because the number of processes was '
+             f'{len(checkpoint["packing"])} and is {dist_env.world_size} from now on')
+    elif checkpoint:  # of a run without packing
+        last = checkpoint['iter_num'] * config.gradient_accumulation_steps * config.batch_size - 1
+    return {'waiting': [], 'last': last + 1 + dist_env.rank - dist_env.world_size, 'left_out': left_out}
 
 def next_batches(loader, n):
     """The micro-batches of this rank's next step. Raises ValueError if one of them could not be made."""
@@ -545,6 +571,10 @@ def main():
     is_chat = 'messages' in rows[0] or not rows[0].get('images') and 'ocr' in parse_tasks(config.tasks)
     raw_model, enc, checkpoint = init_model(config)
     raw_model.to(dist_env.device)
+    if config.packing and config.objective != 'lm':
+        raise ValueError(f'packing is for a GPT: objective {config.objective} compares images and captions one by one')
+    if config.packing and config.dropout and dist_env.device_type == 'cuda':
+        raise ValueError('packing uses FlexAttention on CUDA, which has no dropout: set --dropout=0')
     optimizers = configure_optimizers(raw_model, config)
     # min_lr refers to the GPT's rate; if that is frozen, to the largest one of what is trained
     top_lr = config.learning_rate or max(group['lr'] for group in optimizers[0].param_groups)
@@ -574,10 +604,11 @@ def main():
             for group, own in zip(opt.param_groups, settings):
                 group.update(own)  # rates, betas and weight decay of the command line count, as everywhere
     first_iter = iter_num
+    packing = packing_state(checkpoint, config, dist_env)
     checkpoint = None  # free its memory
 
     evaluation = Evaluation(config, enc, raw_model, dist_env, cache)
-    loader = open_loader(rows, config, enc, raw_model.config, dist_env, iter_num, cache)
+    loader = open_loader(rows, config, enc, raw_model.config, dist_env, iter_num, packing, cache)
     log = Log(config, iter_num) if dist_env.rank == 0 else None
     model = torch.compile(raw_model) if config.compile else raw_model
     if dist_env.ddp:
@@ -588,12 +619,14 @@ def main():
     print_parameters(raw_model, dist_env)
 
     def save(name):
+        states = all_gather(packing, dist_env) if config.packing else []
         if dist_env.rank == 0:
             save_checkpoint(os.path.join(config.out_dir, name), {
                 'model': checkpoint_state(raw_model), 'optimizer': [opt.state_dict() for opt in optimizers],
                 'model_args': vars(raw_model.config), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
                 'config': vars(config), 'scaler': scaler.state_dict(), 'base_model': raw_model.base_model,
                 'vision_fingerprint': published_fingerprint(raw_model), 'chat': is_chat,
+                'packing': states,
             }, keep=config.keep_checkpoints if name == 'ckpt.pt' else 0)
 
     started = t0 = time.time()
@@ -636,6 +669,7 @@ def main():
             batches = next_batches(loader, config.gradient_accumulation_steps // dist_env.world_size)
             loss, tokens, stop = train_step(model, optimizers, scaler, batches, autocast, config, dist_env, len(signals))
             iter_num += 1
+            packing = batches[-1].get('packing')
             bar.update()
             tokens_since_log += tokens
             if dist_env.device_type == 'cuda':
@@ -653,6 +687,8 @@ def main():
                 mfu = estimate_mfu(flops_since_log, seconds, dist_env.device) if flops_since_log else None
                 if mfu:
                     row['mfu'] = mfu
+                if packing:
+                    row['left_out'] = packing['left_out']  # documents, by this process
                 if log:
                     log.write(row)
                 bar.set_postfix(loss=f'{loss_value:.3f}', tokens_per_s=row['tokens_per_s'])

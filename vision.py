@@ -336,18 +336,26 @@ def num_tokens(image, config):
     x, grid = image
     return len(grid) if x.is_floating_point() else len(grid) // cell_size(config) ** 2
 
-def collate(images, config):
+def collate(images, config, n_images=0):
     """Pads the images of a batch, a list of (patches, grid), to the longest. Returns
         patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
-    An empty list becomes one image that is only padding. It adds no token, but the vision parameters get
-    gradients of 0: without them, a batch of text on one rank would leave the other ranks waiting.
+    With n_images, N is n_images and L the largest possible, so that all batches have one shape. An empty list
+    becomes one image that is only padding. It adds no token, but the vision parameters get gradients of 0:
+    without them, a batch of text on one rank would leave the other ranks waiting.
     """
     if not images:
         patches, grid = preprocess(Image.new('RGB', (1, 1)), config)
         images = [(patches, torch.full_like(grid, -1))]
     patches, grids = zip(*images)
-    return pad_sequence(patches, batch_first=True), pad_sequence(grids, batch_first=True, padding_value=-1)
+    patches = pad_sequence(patches, batch_first=True)                           # (N, L, D)
+    grid = pad_sequence(grids, batch_first=True, padding_value=-1)              # (N, L, 2)
+    if n_images:  # those of a pretrained encoder all have one length
+        length = 0 if is_pretrained(config) else config.max_image_tokens * cell_size(config)**2
+        padding = (0, 0, 0, max(0, length - grid.shape[1]), 0, n_images - len(grid))
+        patches = F.pad(patches, padding)
+        grid = F.pad(grid, padding, value=-1)
+    return patches, grid
 
 # -----------------------------------------------------------------------------
 # the encoder: a small ViT, trained from scratch

@@ -69,8 +69,10 @@ def quickstart():
     dtype = getattr(torch, dist_env.dtype)
     autocast = torch.autocast(dist_env.device_type, dtype, enabled=dtype != torch.float32)
     examples = prepare_data.Examples(prepare_data.open_rows(config.dataset, 'train'), config, config.seed)
-    batches = prepare_data.Batches(examples, enc, model.config, config.batch_size, config.loss_on)
-    batch = batches[0]
+    dataset = prepare_data.TokenizedExamples(examples, enc, model.config, config.loss_on)
+    tokenized_batch = lambda i: prepare_data.collate(
+        [dataset[j] for j in range(i * config.batch_size, (i + 1) * config.batch_size)], model.config)
+    batch = tokenized_batch(0)
     print(f'{torch.get_num_threads()} threads, {dist_env.device_type}, {dist_env.dtype}, torch {torch.__version__}',
           file=sys.stderr)
 
@@ -89,7 +91,7 @@ def quickstart():
     report_generation(model, enc, [examples[i] for i in range(config.batch_size)], dist_env.device)
     torch.set_num_threads(1)  # as in a loader's worker
     count = iter(range(10**9))
-    rate = config.batch_size / median_seconds(lambda: batches[next(count)])
+    rate = config.batch_size / median_seconds(lambda: tokenized_batch(next(count)))
     report('drawn and tokenized by one worker, examples', rate, 'examples/s')
     report('    times what training takes', 100 * rate * step_seconds / config.batch_size, '%')
     report_drawing(config)

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from prepare_data import ASSISTANT, END, IMAGE, USER, Batches, collate, get_tokenizer, segments, tokenize
+from prepare_data import ASSISTANT, END, IMAGE, USER, TokenizedExamples, collate, get_tokenizer, segments, tokenize
 from sample import reference, until_end
 
 BYTES = get_tokenizer('bytes')
@@ -275,7 +275,9 @@ def test_collate_pads_with_minus_one_and_keeps_images_in_order():
 
 def test_batches_are_collated_examples_in_order():
     examples = [conversation(f'question {i}', 'x' * i) for i in range(6)]
-    batch = Batches(examples, BYTES, tiny_config(vision_encoder='', block_size=200), 2, 'assistant')[1]
+    config = tiny_config(vision_encoder='', block_size=200)
+    dataset = TokenizedExamples(examples, BYTES, config, 'assistant')
+    batch = collate([dataset[2], dataset[3]], config)
     assert batch['images'] is None
     assert [show(row[:n]) for row, n in zip(batch['idx'].tolist(), batch['lengths'])] == [
         '<|user|>question 2<|assistant|>xx', '<|user|>question 3<|assistant|>xxx']
@@ -283,7 +285,8 @@ def test_batches_are_collated_examples_in_order():
 
 def test_an_error_in_a_worker_comes_back_as_a_sentence():
     examples = [{'messages': [{'role': 'user', 'content': IMAGE}], 'images': ['gone.png']}]
-    assert Batches(examples, BYTES, CONFIG, 1, 'all')[0] == {'error': 'no image at gone.png'}
+    dataset = TokenizedExamples(examples, BYTES, CONFIG, 'all')
+    assert collate([dataset[0]], CONFIG)['error'] == 'no image at gone.png'
 
 
 def test_segments_of_random_conversations_give_back_their_texts():
