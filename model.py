@@ -365,19 +365,17 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(idx, images, docs))
 
     def forward(self, batch):
-        """A batch of prepare_data.collate: idx, targets (B, T) int64, -1 for padding, and in targets where
-        nothing is in the loss; images, and docs if the rows are packed, as in `embed`. Returns {'lm': cross
-        entropy in nats, summed over the targets}.
+        """A batch of prepare_data.collate: idx, targets (B, T) int64, -1 for padding; places (n,), where the targets
+        are in B * T; images, and docs if the rows are packed, as in `embed`. Returns {'lm': cross entropy in
+        nats, summed over the targets}.
         """
-        x = self.hidden(batch['idx'], batch['images'], batch.get('docs')).flatten(0, 1)  # (B * T, C)
-        targets = batch['targets'].flatten()                                    # (B * T)
-        if not torch.compiler.is_compiling():  # a graph cannot depend on the number of targets
-            x, targets = x[targets >= 0], targets[targets >= 0]  # few, and the head is large
-        return {'lm': F.cross_entropy(self.lm_head(x), targets, ignore_index=-1, reduction='sum')}
+        places = batch['places']  # the head is large, and only few places may have a target
+        x = self.hidden(batch['idx'], batch['images'], batch.get('docs')).flatten(0, 1)[places]  # (n, C)
+        return {'lm': F.cross_entropy(self.lm_head(x), batch['targets'].flatten()[places], reduction='sum')}
 
     def loss_weight(self, batch):
         """What the losses of a batch are summed over: its targets."""
-        return int((batch['targets'] >= 0).sum())
+        return len(batch['places'])
 
     # -------------------------------------------------------------------------
     # generation

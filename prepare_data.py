@@ -705,9 +705,14 @@ class TokenizedExamples(torch.utils.data.Dataset):
         except (ValueError, OSError) as error:
             return {'error': str(error), 'is_too_long': isinstance(error, TooLong)}
 
+def target_places(targets):
+    """Where the targets (B, T) have one: indices (n,) of B * T places."""
+    return (targets.flatten() >= 0).nonzero().squeeze(1)
+
 def collate(examples, config, n_images=0):
-    """Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; lengths int64 (B,); images,
-    the (patches, grid) of all of them, row by row, or None without vision; of packed rows also docs (B, T), as in `pack`.
+    """Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; places (n,), as in
+    `target_places`; lengths int64 (B,); images, the (patches, grid) of all of them, row by row, or None without vision; of
+    packed rows also docs (B, T), as in `pack`.
     n_images as in vision.collate. An {"error": sentence} among the examples is returned in place of a batch. ValueError if
     ids and images disagree.
     """
@@ -720,6 +725,7 @@ def collate(examples, config, n_images=0):
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (B, T)
 
     batch = {key: pad(key) for key in ('idx', 'targets', 'docs') if key in examples[0]}
+    batch['places'] = target_places(batch['targets'])
     batch['lengths'] = (batch['idx'] >= 0).sum(1)
     batch['images'] = None
     if config.vision_encoder:

@@ -4,11 +4,13 @@ Speed and memory on this machine: not a test, a measurement. Medians of several 
     $ python tests/bench.py                      # the quickstart's model; the knobs of train.py change it: --batch_size=32
     $ python tests/bench.py features             # a frozen ViT-B-32 running in every step, and its features cached
     $ python tests/bench.py vlm                  # GPT-2 with CLIP, SmolLM2 with SigLIP: a step's time and memory by batch
+    $ python tests/bench.py pack                 # useful tokens a second of documents like LLaVA's, padded and packed
     $ python tests/bench.py rows 10000000        # a .jsonl of so many rows: time to open it, memory, rows in random order
 
 Encoders have random weights here: they cost what trained ones cost.
 """
 
+import itertools
 import json
 import os
 import random
@@ -123,6 +125,58 @@ def report_drawing(config):
 
 
 # -----------------------------------------------------------------------------
+# packing
+
+def llava_like_documents(count, config):
+    """
+    Tokenized documents with lengths like LLaVA-665k's: log-normal text, a third of it in the loss, 6 % without an image,
+    10 % with two to four, each image of 49 tokens.
+    """
+    rng = random.Random(0)
+    picture = vision.Image.effect_noise((56, 56), 100).convert('RGB')
+    patches = vision.preprocess(picture, config)
+    for _ in range(count):
+        n_images = rng.choices((0, 1, 2, 3, 4), (6, 84, 5, 3, 2))[0]
+        n_text = min(config.block_size - 200, max(8, int(rng.lognormvariate(5.2, 0.8))))
+        idx = [config.image_token] * (49 * n_images) + [rng.randrange(256) for _ in range(n_text)]
+        targets = [-1] * (len(idx) - n_text // 3) + idx[-(n_text // 3):] if n_text // 3 else [-1] * len(idx)
+        yield {'idx': idx, 'targets': targets, 'images': [patches] * n_images}
+
+
+def packed():
+    """Training steps on the same documents, padded to the longest of a batch and packed: how many tokens a second?"""
+    config = GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=1024, vocab_size=320, bias=False, image_token=256,
+                       vision_encoder='vit', connector='linear', patch_height=8, patch_width=8, max_image_tokens=49,
+                       vision_n_layer=2, vision_n_head=4, vision_n_embd=128, position='rope')
+    documents = list(llava_like_documents(600, config))
+    torch.manual_seed(0)
+    model = GPT(config)
+    optimizer, = train.configure_optimizers(model, train_config('--optimizer=adamw'))
+
+    def measure(name, batches):
+        n_tokens = n_places = seconds = 0
+        for i, batch in enumerate(batches):
+            start = time.perf_counter()
+            (model(batch)['lm'] / model.loss_weight(batch)).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if i:  # the first one warms up
+                seconds += time.perf_counter() - start
+                n_tokens += int((batch['idx'] >= 0).sum())
+                n_places += batch['idx'].numel()
+        report(f'{name}: places that carry a token', 100 * n_tokens / n_places, '%', digits=1)
+        report(f'{name}: useful tokens', n_tokens / seconds, 'tokens/s')
+        return n_tokens / seconds
+
+    padded_batches = [prepare_data.collate(documents[i:i + 16], config) for i in range(0, 16 * 13, 16)]
+    stream = enumerate(itertools.cycle(documents))
+    packed_batches = list(itertools.islice(prepare_data.pack(stream, config, 4, 8), 13))
+    padded_rate = measure('16 documents, padded', padded_batches)
+    packed_rate = measure('4 rows of 1024, packed', packed_batches)
+    report('    times as fast', 100 * packed_rate / padded_rate, '%')
+
+
+# -----------------------------------------------------------------------------
 # pretrained encoders
 
 def make_step(config, batch):
@@ -139,12 +193,14 @@ def make_step(config, batch):
     return step
 
 
-def make_batch(images, n_image_tokens, n_text_tokens, image_token):
-    """Sequences of one image and some text each; the text is in the loss."""
+def make_batch(images, n_image_tokens, n_text_tokens, n_target_tokens, image_token):
+    """Sequences of one image and some text each; the last n_target_tokens are in the loss."""
     rows = len(images[0])
     text = torch.randint(0, image_token, (rows, n_text_tokens), generator=torch.Generator().manual_seed(0))
     idx = torch.cat([torch.full((rows, n_image_tokens), image_token), text], 1)
-    return {'idx': idx, 'targets': torch.where(idx == image_token, -1, idx), 'images': images}
+    targets = torch.where(idx == image_token, -1, idx)
+    targets[:, :-n_target_tokens] = -1
+    return {'idx': idx, 'targets': targets, 'places': prepare_data.target_places(targets), 'images': images}
 
 
 def features():
@@ -158,7 +214,7 @@ def features():
     grid = torch.zeros(rows, 49, 2, dtype=torch.int64)
     seconds = []
     for name, x in (('the encoder in every step', pixels), ('its features from the cache', cached)):
-        seconds.append(median_seconds(make_step(config, make_batch((x, grid), 49, 64, 256))))
+        seconds.append(median_seconds(make_step(config, make_batch((x, grid), 49, 64, 64, 256))))
         report(name, rows / seconds[-1], 'examples/s')
     report('    times as fast', 100 * seconds[0] / seconds[1], '%')
 
@@ -184,11 +240,10 @@ def vlm_row(text_model, name, lora_rank, rows):
                      n_embd=576, n_inner=1536, norm='rmsnorm', position='rope', mlp='swiglu', bias=False)
     lora = dict(lora_rank=int(lora_rank), lora_alpha=128.0)
     config = vision.complete_config(GPTConfig(**shape, **lora, vision_encoder=f'{name}/'))
-    image = prepare_data.Image.effect_noise((400, 300), 100).convert('RGB')
+    image = vision.Image.effect_noise((400, 300), 100).convert('RGB')
     patches = vision.preprocess(image, config)
     images = vision.collate([patches] * rows, config)
-    batch = make_batch(images, vision.num_tokens(patches, config), 256, config.image_token)
-    batch['targets'][:, :-128] = -1
+    batch = make_batch(images, vision.num_tokens(patches, config), 256, 128, config.image_token)
     seconds = median_seconds(make_step(config, batch), 3 if rows < 16 else 1)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     label = f'{text_model}, {name}' + (', LoRA' if config.lora_rank else '')
@@ -223,7 +278,7 @@ def rows(count):
 
 
 if __name__ == '__main__':
-    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows}
+    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:

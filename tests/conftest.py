@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig  # noqa: E402
+from prepare_data import target_places  # noqa: E402
 
 torch.set_num_threads(1)  # faster than two at this size, and the same on every machine
 
@@ -55,6 +56,11 @@ def make_model(**changes):
             if p.dim() == 2:  # the tied head would make it repeat its input if the embeddings grew as well
                 p.mul_(10 if '.h.' in name or '.wpe.' in name else 1)
     return model
+
+
+def batch_of_ids(idx, targets, images=None):
+    """A batch as collate makes it."""
+    return {'idx': idx, 'targets': targets, 'places': target_places(targets), 'images': images}
 
 
 def optimizer_config(**changes):

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import ROOT, inside, make_model, optimizer_config, read_log, refused, tiny_config, train
+from conftest import ROOT, batch_of_ids, inside, make_model, optimizer_config, read_log, refused, tiny_config, train
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
@@ -283,7 +283,7 @@ def one_step(model):
     n = vision.num_tokens((images[0][0], images[1][0]), model.config)
     idx = torch.tensor([[5, *[256] * n, 7]])
     targets = torch.roll(idx, -1, 1).masked_fill(idx == 256, -1)
-    model({'idx': idx, 'targets': targets, 'images': images})['lm'].backward()
+    model(batch_of_ids(idx, targets, images))['lm'].backward()
 
 
 def test_frozen_encoder_has_no_gradient_no_train_mode_and_is_not_in_a_checkpoint(towers):

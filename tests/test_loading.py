@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import inside, make_model, optimizer_config, read_log, refused, tiny_config, train
+from conftest import batch_of_ids, inside, make_model, optimizer_config, read_log, refused, tiny_config, train
 from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig, build_model, load_model, read_checkpoint, read_weights
@@ -290,7 +290,7 @@ def test_lora_trains_only_its_updates(tmp_path):
     assert trained == {id(p) for n, p in model.named_parameters() if '.lora_' in n} and len(optimizers) == 1
     assert len(trained) == 2 * 2 * 4  # two of each of the four Linears of the two blocks
     idx = random_ids()
-    model({'idx': idx, 'targets': idx, 'images': None})['lm'].backward()
+    model(batch_of_ids(idx, idx))['lm'].backward()
     assert all((p.grad is not None) == (id(p) in trained) for p in model.parameters())
 
 

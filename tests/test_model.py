@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA, make_model, optimizer_config, tiny_config
+from conftest import LLAMA, batch_of_ids, make_model, optimizer_config, tiny_config
 from PIL import Image
 from torch._subclasses import FakeTensorMode
 from torch.optim import _muon
@@ -37,7 +37,7 @@ def pad(rows, length=None):
 
 
 def mean_loss(model, idx, targets, images=None):
-    batch = {'idx': idx, 'targets': targets, 'images': images}
+    batch = batch_of_ids(idx, targets, images)
     return model(batch)['lm'] / model.loss_weight(batch)
 
 

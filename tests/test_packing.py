@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from conftest import LLAMA, make_model, read_log, refused, tiny_config, train
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import prepare_data
 from model import attend_in_blocks, document_block_mask, document_mask
@@ -191,3 +192,33 @@ def test_packing_is_refused_where_it_would_be_wrong(tmp_path):
     knobs = ['--packing=True', '--objective=itc', '--connector=qformer', '--qformer_n_layer=1', '--qformer_n_head=2',
              '--qformer_n_embd=32']
     refused(train(tmp_path, *knobs), 'packing is for a GPT')
+
+
+# -----------------------------------------------------------------------------
+# torch.compile: traced forward and backward, without the minutes of C++ compilation
+
+def compiled_and_eager(model, batches):
+    """(the number of graphs, whether losses and gradients of the compiled model are the eager one's)"""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(model, backend=counter)
+    for batch in batches:
+        loss, grads = gradients(model, batch)
+        model.zero_grad()
+        value = compiled(batch)['lm']
+        value.backward()
+        assert value.item() == pytest.approx(loss, rel=1e-5)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, grads[name], atol=1e-4, rtol=1e-3, msg=name)
+    return counter.frame_count
+
+
+def test_packed_rows_with_static_images_compile_to_at_most_two_graphs():
+    """The second has a symbolic number of targets."""
+    model = make_model(block_size=96)
+    rng = random.Random(0)
+    documents = [document(rng, n % 3, model.config) for n in range(900)]
+    batches = pack(enumerate(documents), model.config, 2, 8, static_images=True)
+    batches = [{name: value for name, value in batch.items() if name != 'packing'} for batch in itertools.islice(batches, 40)]
+    assert len({batch['images'][0].shape for batch in batches}) == 1
+    assert compiled_and_eager(model, batches) <= 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, inside, launch, make_model, optimizer_config, read_log, refused, tiny_config, train
+from conftest import ROOT, batch_of_ids, inside, launch, make_model, optimizer_config, read_log, refused, tiny_config, train
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -149,8 +149,7 @@ def random_images(n, seed=2):
 def pair_batch(ids, images):
     """A batch as prepare_data.collate makes it: the image's tokens, then the caption, which is in the loss."""
     image_ids = torch.full((len(ids), 5), tiny_config().image_token)
-    return {'idx': torch.cat([image_ids, ids[:, :-1]], dim=1), 'targets': F.pad(ids, (4, 0), value=-1),
-            'lengths': 4 + (ids >= 0).sum(1), 'images': images}
+    return batch_of_ids(torch.cat([image_ids, ids[:, :-1]], dim=1), F.pad(ids, (4, 0), value=-1), images)
 
 
 def smoothed(logits, correct):
@@ -277,13 +276,12 @@ def test_both_models_have_the_same_contract(build, names):
 def test_losses_are_summed_over_the_loss_weight(build):
     """The same rows twice give twice the sum. (ITC and ITM compare the rows of a batch with each other.)"""
     model, batch, _ = build()
-    two = {'idx': batch['idx'][:2], 'targets': batch['targets'][:2], 'lengths': batch['lengths'][:2],
-           'images': tuple(t[:2] for t in batch['images'])}
+    two = batch_of_ids(batch['idx'][:2], batch['targets'][:2], tuple(t[:2] for t in batch['images']))
     torch.manual_seed(0)
     with torch.no_grad():
         once = model(two)
-        twice = model({'idx': two['idx'].repeat(2, 1), 'targets': two['targets'].repeat(2, 1),
-                       'lengths': two['lengths'].repeat(2), 'images': tuple(t.repeat(2, 1, 1) for t in two['images'])})
+        twice = model(batch_of_ids(two['idx'].repeat(2, 1), two['targets'].repeat(2, 1),
+                                   tuple(t.repeat(2, 1, 1) for t in two['images'])))
     for name in {'lm', 'itg'} & set(once):
         torch.testing.assert_close(twice[name], 2 * once[name])
 
@@ -438,7 +436,7 @@ def test_a_first_stage_is_no_gpt(pretraining_run, tmp_path):
     refused(train(tmp_path, f'--init_from={pretraining_run}/ckpt.pt'), 'a run with objective lm cannot start from',
             f'--vision_from={pretraining_run}/ckpt.pt takes over its encoder and Q-Former')
     refused(train(tmp_path, '--objective=itc'), 'set --connector=qformer')
-    refused(train(tmp_path, *PRETRAIN, '--objective=itc', '--dataset=shapes'), 'no dataset')
+    refused(train(tmp_path, *PRETRAIN, '--objective=itc', '--dataset=nowhere'), 'no dataset')
 
 
 @pytest.mark.parametrize('row, words', [
@@ -484,7 +482,7 @@ def test_a_batch_of_text_keeps_the_qformer_in_the_graph():
     assert not model.vision(*no_images)[1].any()
     idx = torch.randint(0, 250, (2, 9))
     assert torch.equal(model.logits(idx, no_images), model.logits(idx))
-    model({'idx': idx, 'targets': idx, 'images': no_images})['lm'].backward()
+    model(batch_of_ids(idx, idx, no_images))['lm'].backward()
     assert all(p.grad is not None for p in model.vision.parameters())
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, tiny_config
+from conftest import batch_of_ids, make_model, tiny_config
 from PIL import Image
 
 import vision
@@ -110,7 +110,7 @@ def test_batch_without_images_gives_gradients_of_zero():
     """Not None, which DDP would wait for, and not NaN."""
     model = make_model().train()
     images = vision.collate([], model.config)
-    model({'idx': torch.tensor([[1, 2, 3]]), 'targets': torch.tensor([[2, 3, 4]]), 'images': images})['lm'].backward()
+    model(batch_of_ids(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]]), images))['lm'].backward()
     for name, p in model.vision.named_parameters():
         assert p.grad is not None and (p.grad == 0).all(), name
 
