@@ -411,22 +411,24 @@ class GPT(nn.Module):
         caches = self.empty_cache(B, S)
         if allowed is None:  # <image> stands for pixels, and a new one has none
             allowed = torch.arange(self.config.vocab_size, device=idx.device) != self.config.image_token
+        never = ~allowed
         pad_id = stop_ids[0] if len(stop_ids) else 0
         stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=idx.device)
         out = F.pad(idx.masked_fill(idx < 0, pad_id), (0, S - T), value=pad_id)  # (B, S)
         logprobs = torch.zeros((B, S), device=idx.device)
-        while (left > 0).any():
+        done = left <= 0
+        while not done.all():
             mask = slots <= cache_pos[:, None, :, None]                         # (B, 1, T or 1, S)
             x = self.run_blocks(x, pos, lora_mask, caches, cache_pos, mask)     # (B, T or 1, C)
             logits = self.lm_head(x[rows, last]).float()                        # (B, vocab_size)
-            logits = logits.masked_fill(~allowed, -math.inf)
+            logits = logits.masked_fill(never, -math.inf)
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
-            done = left <= 0
             if return_logprobs:
                 logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = new.masked_fill(done, pad_id)
             out[rows, lengths] = new
             left = (left - 1).masked_fill(torch.isin(new, stop_ids), 0)
+            done = left <= 0
             # the new token is the next query: it comes after its own row's text, at the next position
             cache_pos = lengths[:, None]                                        # (B, 1)
             lengths = lengths + 1

@@ -325,17 +325,28 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(x, steps=5):
     """Matrices (N, rows, cols) with singular value decompositions U S V^T -> U S' V^T, S' between 0.7 and 1.2:
-    Newton-Schulz iteration with the coefficients of https://kellerjordan.github.io/posts/muon. Matrix
-    products only; in bfloat16 on a GPU, in float32 on a CPU, where bfloat16 can be many times slower.
+    Newton-Schulz iteration, x <- 3.4445 x - 4.775 g x + 2.0315 g g x with g = x x^T. The coefficients are those
+    of https://kellerjordan.github.io/posts/muon. In bfloat16 on a GPU; in float32 on a CPU, where bfloat16 can
+    be many times slower.
     """
     is_tall = x.shape[1] > x.shape[2]
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
     x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x.mT if is_tall else x
-    for _ in range(steps):
-        a = x @ x.mT                                                            # (N, smaller, smaller)
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)  # 3.4445 x - 4.775 a x + 2.0315 a a x
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    factor_of = lambda g: torch.baddbmm(g, g, g, beta=-4.7750, alpha=2.0315) + 3.4445 * identity
+    if x.is_cuda:
+        for _ in range(steps):
+            x = factor_of(x @ x.mT) @ x
+    else:  # the same by products of small matrices: less work, but bfloat16 is not precise enough for it
+        g = x @ x.mT                                                            # (N, smaller, smaller)
+        factor = factor_of(g)
+        product = factor
+        for _ in range(steps - 1):
+            g = factor @ factor @ g  # that of factor x: factor and g commute
+            factor = factor_of(g)
+            product = factor @ product
+        x = product @ x
     return x.mT if is_tall else x
 
 # peak FLOPS in bfloat16, or float16 where there is no bfloat16, without sparsity, by a part of the GPU's name
