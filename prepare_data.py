@@ -1137,30 +1137,59 @@ def show_example(
     index=0,              # of the row
     loss_on='assistant',
     tokenizer='bytes',
+    packed=False,         # a row of block_size tokens as packing makes it, of the examples from `index` on
     out='show.png',       # the image to write
 ):
-    """Prints an example as the model gets it, what is in the loss in green, and draws its images and tokens to show.png."""
+    """Prints an example as the model gets it, what is in the loss in green, and draws its images and tokens to show.png.
+
+    With --packed, all examples of a packed row and the mask of its attention: who attends (rows) to whom (columns).
+    """
     enc = get_tokenizer(tokenizer)
     config = dataclasses.replace(config, vision_encoder=config.vision_encoder or 'vit', image_token=enc.image_id)
     config = vision.complete_config(config)
     rows = open_rows(dataset, split)
     if not 0 <= index < len(rows):
         raise ValueError(f'{dataset} has {len(rows)} rows to {split} on, from 0 to {len(rows) - 1}; there is no {index}')
-    batch = tokenize(rows[index], enc, config, loss_on)
-    ids = batch['idx'] + [target for target in batch['targets'][-1:] if target >= 0]
-    in_loss = [False, *(target >= 0 for target in batch['targets'])]
+    shown = [index]
+    if packed:
+        documents = ((i, tokenize(rows[i % len(rows)], enc, config, loss_on)) for i in itertools.count(index))
+        batch = next(pack(documents, config, batch_size=1, max_images=8))
+        state = batch['packing']
+        shown = [i for i in range(index, state['last'] + 1) if i not in state['waiting']]
+    sheets = []
+    for i in shown:
+        example = rows[i % len(rows)]
+        document = tokenize(example, enc, config, loss_on)
+        if packed:
+            document = fit_document(document, config, max_images=8)
+        if document is None:  # left out
+            continue
+        tokens = colored_tokens(document, enc)
+        n_positions = sum(token != enc.image_id for token in document['idx']) + len(document['images'])
+        n_targets = sum(target >= 0 for target in document['targets'])
+        print(f'{dataset}, row {i % len(rows)} to {split} on: {len(document["images"])} images, {len(document["idx"])} tokens '
+              f'at positions 0 to {n_positions - 1}; {n_targets} are in the loss (in green)', file=sys.stderr)
+        print(render.colorize(tokens, sys.stdout.isatty() and 'NO_COLOR' not in os.environ))
+        sheets.append(render.token_sheet([load_image(source) for source in example['images']], tokens))
+    if packed:
+        is_image = batch['idx'][0] == config.image_token
+        sheets.append(render.mask_image(batch['docs'][0].numpy(), is_image.numpy()))
+    render.stack(sheets, 1, render.MARGIN).save(out)
+    print(f'as an image: {out}', file=sys.stderr)
+
+def colored_tokens(document, enc):
+    """A tokenized example as [(text, type)] for render.token_sheet; an image is one of them."""
+    ids = document['idx'] + [target for target in document['targets'][-1:] if target >= 0]
+    in_loss = [False, *(target >= 0 for target in document['targets'])]
     tokens = []
-    for is_image, run_of_ids in itertools.groupby(range(len(ids)), lambda i: ids[i] == config.image_token):
+    for is_image, run_of_ids in itertools.groupby(range(len(ids)), lambda i: ids[i] == enc.image_id):
         if is_image:
             tokens.append((f'{IMAGE} x {len(list(run_of_ids))}', 'image'))
             continue
         for i in run_of_ids:
             token_class = 'special' if ids[i] in enc.special.values() else 'given'
             tokens.append((enc.decode([ids[i]]), 'in_loss' if in_loss[i] else token_class))
-    print(f'{dataset}, row {index} to {split} on: {len(batch["images"])} images, {len(ids)} tokens, {sum(in_loss)} of them in '
-          f'the loss (in green); as an image in {out}', file=sys.stderr)
-    print(render.colorize(tokens, sys.stdout.isatty() and 'NO_COLOR' not in os.environ))
-    render.token_sheet([load_image(source) for source in rows[index]['images']], tokens).save(out)
+    return tokens
 
 COMMANDS = {
     'text': prepare_text, 'shapes': prepare_shapes, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,

@@ -450,6 +450,18 @@ def token_sheet(images, tokens, width=720):
         x += tile.width + 1
     return stack_rows([row for row in rows if row], 1, 2)
 
+MASK_COLORS = np.array([(110, 165, 110), (120, 145, 210), (205, 150, 95), (165, 120, 180)])  # of documents, in turn
+
+def mask_image(docs, is_image, width=720):
+    """The attention mask of a packed row as an RGB image: the token of a row attends to the colored columns, darker where
+    that is an image's token. docs (T,): the number of each token's document, -1 for padding; is_image (T,), bool.
+    """
+    allowed = np.tril(docs[:, None] == docs) & (docs >= 0)                          # (T, T)
+    colors = MASK_COLORS[docs % len(MASK_COLORS)] - 60 * is_image[:, None]          # (T, 3), of the columns
+    pixels = np.where(allowed[..., None], colors, 255).astype(np.uint8)             # (T, T, 3)
+    image = ImageOps.scale(Image.fromarray(pixels), max(1, width // len(docs)), Image.NEAREST)
+    return ImageOps.expand(image, MARGIN, 'silver')
+
 def colorize(tokens, ansi=True):
     """The same tokens as a string for a terminal, in colors or with those in the loss in double brackets."""
     out = ''

@@ -1,11 +1,13 @@
 """What must stay true of packed rows: documents in one row do not see each other, and none is lost."""
 
 import itertools
+import json
 import random
 
+import numpy as np
 import pytest
 import torch
-from conftest import LLAMA, make_model, read_log, refused, tiny_config, train
+from conftest import LLAMA, inside, make_model, read_log, refused, tiny_config, train
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import prepare_data
@@ -192,6 +194,27 @@ def test_packing_is_refused_where_it_would_be_wrong(tmp_path):
     knobs = ['--packing=True', '--objective=itc', '--connector=qformer', '--qformer_n_layer=1', '--qformer_n_head=2',
              '--qformer_n_embd=32']
     refused(train(tmp_path, *knobs), 'packing is for a GPT')
+
+
+def test_show_packed_draws_the_documents_of_a_row_and_their_mask(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{'text': f'<image>Document {i}, {"x" * i}.', 'images': [f'{i}.png']} for i in range(30)]
+    for split in ('train', 'val'):
+        (tmp_path / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    for i in range(30):
+        Image.new('RGB', (32, 16), 'red').save(f'{i}.png')
+    process = inside('prepare_data.py', 'show', f'--dataset={tmp_path}', '--packed', '--index=5', '--block_size=64',
+                     '--loss_on=all')
+    assert process.returncode == 0, process.stderr
+    assert 'row 5 to train on: 1 images, 21 tokens at positions 0 to 19;' in process.stderr
+    assert '[[Document 5, xxxxx.' in process.stdout and '[[Document 6, xxxxxx.' in process.stdout
+    pixels = np.asarray(Image.open('show.png').convert('RGB')).astype(int)
+    size = 64 * (720 // 64)
+    mask = pixels[-size - 8:-8, 8:size + 8][5::720 // 64, 5::720 // 64]  # a pixel of each token
+    # rows 5 and 6, and row 0 of the next round, which is the first that fits
+    allowed = document_mask(torch.tensor([[0] * 21 + [1] * 22 + [2] * 16 + [-1] * 5]))[0, 0].numpy()
+    allowed[59:] = False  # padding is white
+    assert np.array_equal((mask != 255).any(-1), allowed)
 
 
 # -----------------------------------------------------------------------------
