@@ -10,10 +10,7 @@ An example is a JSON line, with image files next to it (drawn text has PIL image
 "references" are all the correct captions of a held-out image. As a script this file writes datasets to data/NAME/
 {train,val}.jsonl; `prepare_data.py --help` lists the commands, `prepare_data.py COMMAND --help` their knobs:
 
-    $ python prepare_data.py text --source=HuggingFaceFW/fineweb --subset=sample-10BT --max_examples=100000 --name=fineweb
     $ python prepare_data.py llava_instruct --source=MINE.json --image_dir=FOLDER_OR_ZIP --name=mine
-    $ python prepare_data.py cc3m --max_examples=100000                          # or --source=FOLDER of .tar or img2dataset's
-    $ python prepare_data.py features --dataset=mine --vision_encoder=ViT-L-14-quickgelu/openai
     $ python prepare_data.py show --dataset=mine --index=3                       # an example, and what of it is in the loss
 """
 
@@ -48,9 +45,10 @@ from tqdm import tqdm
 import render
 import vision
 from configurator import run, run_command
+from render import IMAGE, TASKS, parse_tasks
 from vision import augment_image, hash64, image_error, load_image, map_index, map_members, read_bytes
 
-IMAGE, USER, ASSISTANT, END = '<image>', '<|user|>', '<|assistant|>', '<|endoftext|>'
+USER, ASSISTANT, END = '<|user|>', '<|assistant|>', '<|endoftext|>'
 
 @contextlib.contextmanager
 def explain_errors(problem, advice):
@@ -264,51 +262,7 @@ def shuffled_index(i, n, key):
             return i
 
 # -----------------------------------------------------------------------------
-# plain text becomes examples. A task is (text, rng, config, length_scale) -> example; config holds train.py's knobs,
-# length_scale in (0, 1] is the length of the drawn text while a run with length_warmup begins
-
-def ocr(text, rng, config, length_scale=1.0):
-    """An image of a span of text -> the span."""
-    max_chars = max(2, round(config.max_chars * length_scale))
-    min_chars = min(config.min_chars, 1 + max_chars // 2)
-    span = render.text_span(' '.join(text.split()) if config.one_line else text, rng, min_chars, max_chars)
-    span, image = render.render_text(span, rng, config)
-    if not span:  # the font can draw nothing of it: it stays text
-        return {'text': text}
-    messages = [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}]
-    return {'messages': messages, 'images': [image], 'char_level': config.char_level}
-
-def continuation(text, rng, config, length_scale=1.0):
-    """Text with an image in place of its middle, the "infix" -> the text after it: text-only VLM pretraining."""
-    words = re.findall(r'\s*\S+', render.text_span(text, rng, config.min_span, config.max_span))
-    if len(words) < 3:  # too short to be split: it stays text
-        return {'text': text}
-    prefix, infix, postfix = map(''.join, render.split(words, rng, config.infix_min, config.infix_max))
-    drawn, image = render.render_text(infix.strip(), rng, config)
-    if not drawn:
-        return {'text': text}
-    if infix.split() != drawn.split():  # shortened to fit, or glyphs are missing
-        infix = ' ' + drawn
-    return {'text': prefix + IMAGE + postfix, 'images': [image], 'infix': infix, 'loss_on': 'postfix'}
-
-def plain_text(text, rng, config, length_scale=1.0):
-    """A span of text as text, so that the model does not forget language."""
-    return {'text': render.text_span(text, rng, config.min_span, config.max_span)}
-
-TASKS = {'ocr': ocr, 'continuation': continuation, 'text': plain_text}
-
-def parse_tasks(spec):
-    """'ocr:0.8 text:0.2' -> {'ocr': 0.8, 'text': 0.2}. Raises ValueError for an unknown task or a weight <= 0."""
-    weights = {}
-    for word in spec.split() or ['']:
-        task, _, weight = word.partition(':')
-        try:
-            weights[task] = float(weight or 1)
-        except ValueError:
-            weights[task] = 0.0
-        if task not in TASKS or not weights[task] > 0:
-            raise ValueError(f'tasks: expected {", ".join(TASKS)} with weights, like "ocr:0.8 text:0.2", got {word!r}')
-    return weights
+# rows -> examples, in the order of an epoch
 
 @dataclasses.dataclass(eq=False)
 class Examples:
@@ -743,15 +697,14 @@ def collate(examples, config, n_images=0):
 WAITING = 128  # so many documents wait for a row with room for them before a batch is finished
 
 def pack(documents, config, batch_size, max_images, left_out=0, static_images=False):
-    """Yields endless batches of `batch_size` rows of block_size tokens, filled with documents in their order: each goes to
-    the first row with room for it (first fit), or waits for the next batch. `docs` has the number of each token's document
-    in its row, -1 for padding. A row has at most max_images images. With static_images, the images of every batch are padded
-    to the same shape, so that torch.compile makes one graph.
+    """Yields batches of `batch_size` rows of block_size tokens, filled with documents in their order: each goes to the first
+    row with room for it (first fit), or waits for the next batch. `docs` has the number of each token's document in its row,
+    -1 for padding. A row has at most max_images images; static_images pads those of every batch to one shape.
 
-    documents: an endless iterator of (index, tokenized example or {"error": ...}). A document longer than a row is cut in
-    the text after its last image; if that is impossible, or it has too many images, it is left out and counted. `packing`
-    of a batch is what a resumed run needs: {'waiting': indices of the documents that wait, 'last': that of the last one
-    taken from the iterator, 'left_out': how many so far}. Its iterator has the waiting documents first.
+    documents: an endless iterator of (index, tokenized example or {"error": ...}). One that is longer than a row is cut in
+    the text after its last image; if that is impossible, or it has too many images, it is left out and counted. `packing` of
+    a batch is what a resumed run needs: {'waiting': indices of the documents that wait, which its iterator has to begin
+    with, 'last': that of the last document taken from the iterator, 'left_out': how many so far}.
     """
     n_images = batch_size * max_images if static_images else 0
     waiting = []
@@ -1168,7 +1121,7 @@ def show_example(
         n_positions = sum(token != enc.image_id for token in document['idx']) + len(document['images'])
         n_targets = sum(target >= 0 for target in document['targets'])
         print(f'{dataset}, row {i % len(rows)} to {split} on: {len(document["images"])} images, {len(document["idx"])} tokens '
-              f'at positions 0 to {n_positions - 1}; {n_targets} are in the loss (in green)', file=sys.stderr)
+              f'at positions 0 to {n_positions - 1}, {n_targets} of them in the loss (in green)', file=sys.stderr)
         print(render.colorize(tokens, sys.stdout.isatty() and 'NO_COLOR' not in os.environ))
         sheets.append(render.token_sheet([load_image(source) for source in example['images']], tokens))
     if packed:

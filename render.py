@@ -4,6 +4,7 @@ Text -> images: everything that draws text for a model to read, and the images t
     fit            the largest font size at which the wrapped text stays inside a box
     draw           the text as a PIL image, with random augmentation if asked for
     split          a list of tokens or a string -> prefix, infix, postfix; the infix is the part that is drawn
+    TASKS          plain text -> an example to train on: ocr, continuation, text
     contact_sheet  images with captions, correct ones in green and wrong ones in red
     token_sheet    the images and tokens of an example, those in the loss in green
 
@@ -18,6 +19,7 @@ import itertools
 import math
 import os
 import random
+import re
 import sys
 from bisect import bisect_right
 from functools import lru_cache
@@ -263,6 +265,56 @@ def split(span, rng, low=0.1, high=0.4):
     length = min(len(span) - 2, max(1, round(len(span) * rng.uniform(low, high))))
     start = rng.randint(1, len(span) - length - 1)
     return span[:start], span[start:start + length], span[start + length:]
+
+# -----------------------------------------------------------------------------
+# tasks: plain text becomes examples, most with an image that is drawn. A task is (text, rng, config, length_scale) ->
+# example; config holds train.py's knobs, length_scale in (0, 1] is the length of the drawn text while a run with
+# length_warmup begins
+
+IMAGE = '<image>'  # where an image stands in a text
+
+def ocr(text, rng, config, length_scale=1.0):
+    """An image of a span of text -> the span."""
+    max_chars = max(2, round(config.max_chars * length_scale))
+    min_chars = min(config.min_chars, 1 + max_chars // 2)
+    span = text_span(' '.join(text.split()) if config.one_line else text, rng, min_chars, max_chars)
+    span, image = render_text(span, rng, config)
+    if not span:  # the font can draw nothing of it: it stays text
+        return {'text': text}
+    messages = [{'role': 'user', 'content': IMAGE}, {'role': 'assistant', 'content': span}]
+    return {'messages': messages, 'images': [image], 'char_level': config.char_level}
+
+def continuation(text, rng, config, length_scale=1.0):
+    """Text with an image in place of its middle, the "infix" -> the text after it: text-only VLM pretraining."""
+    words = re.findall(r'\s*\S+', text_span(text, rng, config.min_span, config.max_span))
+    if len(words) < 3:  # too short to be split: it stays text
+        return {'text': text}
+    prefix, infix, postfix = map(''.join, split(words, rng, config.infix_min, config.infix_max))
+    drawn, image = render_text(infix.strip(), rng, config)
+    if not drawn:
+        return {'text': text}
+    if infix.split() != drawn.split():  # shortened to fit, or glyphs are missing
+        infix = ' ' + drawn
+    return {'text': prefix + IMAGE + postfix, 'images': [image], 'infix': infix, 'loss_on': 'postfix'}
+
+def plain_text(text, rng, config, length_scale=1.0):
+    """A span of text as text, so that the model does not forget language."""
+    return {'text': text_span(text, rng, config.min_span, config.max_span)}
+
+TASKS = {'ocr': ocr, 'continuation': continuation, 'text': plain_text}
+
+def parse_tasks(spec):
+    """'ocr:0.8 text:0.2' -> {'ocr': 0.8, 'text': 0.2}. Raises ValueError for an unknown task or a weight <= 0."""
+    weights = {}
+    for word in spec.split() or ['']:
+        task, _, weight = word.partition(':')
+        try:
+            weights[task] = float(weight or 1)
+        except ValueError:
+            weights[task] = 0.0
+        if task not in TASKS or not weights[task] > 0:
+            raise ValueError(f'tasks: expected {", ".join(TASKS)} with weights, like "ocr:0.8 text:0.2", got {word!r}')
+    return weights
 
 # -----------------------------------------------------------------------------
 # shapes: images of 64 x 64 pixels and questions about them

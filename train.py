@@ -34,8 +34,8 @@ from tqdm import tqdm
 from configurator import configure, knobs_of, run
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
-from prepare_data import (Examples, TokenizedExamples, collate, dataset_folder, get_tokenizer, open_rows, pack,
-                          parse_tasks)
+from prepare_data import Examples, TokenizedExamples, collate, dataset_folder, get_tokenizer, open_rows, pack
+from render import parse_tasks
 from sample import Evaluation, all_gather, best_dtype, find_device, note, to_device
 from vision import FeatureCache, VisionConfig, complete_config
 
@@ -374,7 +374,12 @@ def estimate_flops(model, batch):
                 total += 2 * p.numel() * tokens[part] * (1 + has_gradient + p.requires_grad)
     if hasattr(model, 'transformer'):
         attn = model.transformer.h[0].attn
-        total += 12 * model.config.n_layer * attn.n_head * attn.head_dim * idx.shape[1] * tokens['gpt']
+        n_pairs = idx.shape[1] * tokens['gpt']  # of queries and keys
+        if 'docs' in batch:
+            rows = torch.arange(len(idx), device=idx.device)[:, None]
+            documents = (batch['docs'] + rows * idx.shape[1])[idx >= 0]
+            n_pairs = int(documents.unique(return_counts=True)[1].square().sum())
+        total += 12 * model.config.n_layer * attn.n_head * attn.head_dim * n_pairs
     return total
 
 def estimate_mfu(flops, seconds, gpu):

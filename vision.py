@@ -236,6 +236,7 @@ def preprocess(image, config):
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
     The patches come cell by cell, the k x k of one image token next to each other: pooling is a reshape.
+    Raises ValueError for an image that is too elongated.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
     image = resize(image, config)

@@ -30,6 +30,7 @@ os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
+import render  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from configurator import configure  # noqa: E402
@@ -117,7 +118,7 @@ def report_drawing(config):
     lines = SimpleNamespace(**{**vars(config), 'distort': 0.0})
     page_knobs = dict(one_line=False, image_width=448, image_height=448, min_chars=400, max_chars=600, font_min=12)
     pages = SimpleNamespace(**{**vars(lines), **page_knobs})
-    draw = lambda count, knobs: [prepare_data.ocr(rng.choice(texts), rng, knobs) for _ in range(count)]
+    draw = lambda count, knobs: [render.ocr(rng.choice(texts), rng, knobs) for _ in range(count)]
     seconds = median_seconds(lambda: draw(50, lines))
     report('lines drawn on one core, without augmentation', 50 / seconds, 'lines/s')
     seconds = median_seconds(lambda: draw(20, pages), 3)

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import prepare_data
 from model import attend_in_blocks, document_block_mask, document_mask
 from prepare_data import collate, get_tokenizer, pack, tokenize
+from train import estimate_flops
 from vision import Image, preprocess
 
 BYTES = get_tokenizer('bytes')
@@ -147,6 +148,15 @@ def test_long_documents_are_cut_after_their_last_image_or_left_out_and_counted()
     assert next(pack(iter([(0, broken)]), config, 1, 2))['error'] == 'no image at x.png', 'never in silence'
 
 
+def test_packed_documents_take_the_operations_of_single_ones():
+    model = make_model(block_size=96)
+    rng = random.Random(0)
+    documents = [document(rng, n, model.config) for n in (0, 2, 1)]
+    batch = packed(documents, model.config)
+    single = [estimate_flops(model, collate([d], model.config)) for d in documents]
+    assert estimate_flops(model, batch) == sum(single) > 0
+
+
 def test_static_images_have_one_shape_and_change_nothing():
     model = make_model(block_size=96)
     rng = random.Random(0)
@@ -206,7 +216,7 @@ def test_show_packed_draws_the_documents_of_a_row_and_their_mask(tmp_path, monke
     process = inside('prepare_data.py', 'show', f'--dataset={tmp_path}', '--packed', '--index=5', '--block_size=64',
                      '--loss_on=all')
     assert process.returncode == 0, process.stderr
-    assert 'row 5 to train on: 1 images, 21 tokens at positions 0 to 19;' in process.stderr
+    assert 'row 5 to train on: 1 images, 21 tokens at positions 0 to 19, ' in process.stderr
     assert '[[Document 5, xxxxx.' in process.stdout and '[[Document 6, xxxxxx.' in process.stdout
     pixels = np.asarray(Image.open('show.png').convert('RGB')).astype(int)
     size = 64 * (720 // 64)

@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 import prepare_data
 import render
 import vision
-from prepare_data import IMAGE, Examples, FileRows, is_held_out, open_rows, parse_tasks, shuffled_index, to_example
+from prepare_data import IMAGE, Examples, FileRows, is_held_out, open_rows, shuffled_index, to_example
+from render import parse_tasks
 from sample import held_out_examples
 from vision import hash64, image_error, load_image, read_bytes
 
@@ -325,23 +326,23 @@ def test_drawn_text_grows_over_length_warmup():
 
 
 def test_the_drawn_text_is_the_text_in_the_loss():
-    example = prepare_data.ocr('first line\n  second 日 line, with more words than fit the box ' * 3, random.Random(0), KNOBS)
+    example = render.ocr('first line\n  second 日 line, with more words than fit the box ' * 3, random.Random(0), KNOBS)
     text, image = example['messages'][1]['content'], example['images'][0]
     assert '\n' not in text and '日' not in text and image.height == 16 and image.width <= 256
     page = knobs(one_line=False, image_width=200, image_height=100, max_chars=60)
-    example = prepare_data.ocr('def f():\n    return 1\n\n\n' * 5, random.Random(0), page)
+    example = render.ocr('def f():\n    return 1\n\n\n' * 5, random.Random(0), page)
     assert '\n    ' in example['messages'][1]['content'] and example['images'][0].size == (200, 100)
 
 
 def test_text_that_the_font_cannot_draw_stays_text():
-    for task in prepare_data.TASKS.values():
+    for task in render.TASKS.values():
         assert 'images' not in task('日本語 ' * 40, random.Random(0), KNOBS)
 
 
 def test_continuation_has_its_image_in_the_place_of_the_infix():
     text = ' '.join(f'word{i}' for i in range(100))
     for seed in range(20):
-        example = prepare_data.continuation(text, random.Random(seed), KNOBS)
+        example = render.continuation(text, random.Random(seed), KNOBS)
         whole = example['text'].replace(IMAGE, example['infix'])
         assert whole in text and len(example['images']) == 1 and 60 * 0.8 < len(whole) <= 120
         assert not example['text'].startswith(IMAGE) and not example['text'].endswith(IMAGE)
