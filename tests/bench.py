@@ -4,6 +4,7 @@ Speed and memory on this machine: not a test, a measurement. Medians of several 
     $ python tests/bench.py                      # the quickstart's model; the knobs of train.py change it: --batch_size=32
     $ python tests/bench.py features             # a frozen ViT-B-32 running in every step, and its features cached
     $ python tests/bench.py vlm                  # GPT-2 with CLIP, SmolLM2 with SigLIP: a step's time and memory by batch
+    $ python tests/bench.py compile              # the quickstart's steps, eager and compiled; the knobs of train.py change it
     $ python tests/bench.py pack                 # useful tokens a second of documents like LLaVA's, padded and packed
     $ python tests/bench.py rows 10000000        # a .jsonl of so many rows: time to open it, memory, rows in random order
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
@@ -61,8 +63,11 @@ def report(name, value, unit, digits=0):
 # -----------------------------------------------------------------------------
 # the quickstart
 
-def quickstart():
-    config = train_config('config/quickstart.py', *sys.argv[1:])
+def open_run(*words):
+    """A run of config/quickstart.py, or of the recipe in `words`: a namespace of what train.main() makes, and of
+    batch(i), a micro-batch, and step(batch, model), an optimizer step.
+    """
+    config = train_config('config/quickstart.py', *words)
     dist_env = train.setup_distributed(config)
     torch.manual_seed(config.seed)
     model, enc, _ = train.init_model(config)
@@ -73,17 +78,28 @@ def quickstart():
     autocast = torch.autocast(dist_env.device_type, dtype, enabled=dtype != torch.float32)
     examples = prepare_data.Examples(prepare_data.open_rows(config.dataset, 'train'), config, config.seed)
     dataset = prepare_data.TokenizedExamples(examples, enc, model.config, config.loss_on)
-    tokenized_batch = lambda i: prepare_data.collate(
-        [dataset[j] for j in range(i * config.batch_size, (i + 1) * config.batch_size)], model.config)
-    batch = tokenized_batch(0)
     print(f'{torch.get_num_threads()} threads, {dist_env.device_type}, {dist_env.dtype}, torch {torch.__version__}',
           file=sys.stderr)
 
-    step = lambda: train.train_step(model, optimizers, scaler, [batch], autocast, config, dist_env, 0)
-    step_seconds = median_seconds(step)
+    def batch(i):
+        indices = range(i * config.batch_size, (i + 1) * config.batch_size)
+        return prepare_data.collate([dataset[j] for j in indices], model.config)
+
+    def step(batch, model):
+        return train.train_step(model, optimizers, scaler, [batch], autocast, config, dist_env, 0)
+
+    return SimpleNamespace(config=config, dist_env=dist_env, model=model, enc=enc, optimizers=optimizers,
+                           examples=examples, batch=batch, step=step)
+
+
+def quickstart():
+    run = open_run(*sys.argv[1:])
+    config, dist_env, model = run.config, run.dist_env, run.model
+    batch = run.batch(0)
+    step_seconds = median_seconds(lambda: run.step(batch, model))
     report('training, image and text tokens', int(batch['lengths'].sum()) / step_seconds, 'tokens/s')
     report('training, examples', config.batch_size / step_seconds, 'examples/s')
-    muon = [opt for opt in optimizers if isinstance(opt, train.Muon)]
+    muon = [opt for opt in run.optimizers if isinstance(opt, train.Muon)]
     if muon:
         sum(model(to_device(batch, dist_env.device)).values()).backward()
         muon_seconds = median_seconds(muon[0].step)
@@ -91,10 +107,10 @@ def quickstart():
         report('    share of the step', 100 * muon_seconds / step_seconds, '%', digits=1)
 
     model.eval()
-    report_generation(model, enc, [examples[i] for i in range(config.batch_size)], dist_env.device)
+    report_generation(model, run.enc, [run.examples[i] for i in range(config.batch_size)], dist_env.device)
     torch.set_num_threads(1)  # as in a loader's worker
     count = iter(range(10**9))
-    rate = config.batch_size / median_seconds(lambda: tokenized_batch(next(count)))
+    rate = config.batch_size / median_seconds(lambda: run.batch(next(count)))
     report('drawn and tokenized by one worker, examples', rate, 'examples/s')
     report('    times what training takes', 100 * rate * step_seconds / config.batch_size, '%')
     report_drawing(config)
@@ -123,6 +139,24 @@ def report_drawing(config):
     report('lines drawn on one core, without augmentation', 50 / seconds, 'lines/s')
     seconds = median_seconds(lambda: draw(20, pages), 3)
     report('pages of 448x448 and 400-600 characters on one core', 20 / seconds, 'pages/s')
+
+
+def compiled(*words, count=60):
+    """The same batches, eager and under torch.compile with its default backend: the seconds of the first half, in which
+    it compiles, the steps a second of the other half, and the number of graphs.
+    """
+    run = open_run(*words)
+    batches = [run.batch(i) for i in range(count)]
+    counter = CompileCounterWithBackend('inductor')
+    for name, model in (('eager', run.model), ('compiled', torch.compile(run.model, backend=counter))):
+        times = []
+        for batch in batches:
+            start = time.perf_counter()
+            run.step(batch, model)
+            times.append(time.perf_counter() - start)
+        report(f'{name}: first {count // 2} steps', sum(times[:count // 2]), 's', digits=1)
+        report(f'{name}: the others', len(times[count // 2:]) / sum(times[count // 2:]), 'steps/s', digits=2)
+    report('graphs', counter.frame_count, '')
 
 
 # -----------------------------------------------------------------------------
@@ -279,7 +313,7 @@ def rows(count):
 
 
 if __name__ == '__main__':
-    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed}
+    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed, 'compile': compiled}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:
