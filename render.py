@@ -319,7 +319,8 @@ def parse_tasks(spec):
 # -----------------------------------------------------------------------------
 # shapes: images of 64 x 64 pixels and questions about them
 
-SHAPES = ('circle', 'square', 'triangle', 'cross')
+PLURALS = {'circle': 'circles', 'square': 'squares', 'triangle': 'triangles', 'cross': 'crosses'}
+SHAPES = tuple(PLURALS)
 COLORS = {'red': (220, 40, 40), 'green': (40, 160, 60), 'blue': (50, 80, 220), 'yellow': (245, 210, 40),
           'purple': (150, 60, 190), 'black': (20, 20, 20)}
 QUARTERS = ('top left', 'top right', 'bottom left', 'bottom right')
@@ -405,7 +406,7 @@ def shapes_question(shapes, rng):
                 return f'Is there a {other[1]} {other[0]}?', 'no'
         if topic == 'count':
             word = rng.choice(('', name, color, rng.choice(SHAPES), rng.choice(list(COLORS))))
-            counted = word + 's' if word in SHAPES else f'{word} shapes'.strip()
+            counted = PLURALS[word] if word in SHAPES else f'{word} shapes'.strip()
             answer = sum(not word or word in shape for shape in shapes)
             return f'How many {counted} are there?', str(answer)
         if topic == 'position' and pairs.count((name, color)) == 1:

@@ -667,7 +667,8 @@ def test_shapes_has_every_type_of_row_and_question(shapes):
     assert len(rows) == 400 and len(shapes[0]['val']) == 10
     assert {len(row['images']) for row in rows} == {0, 1, 2} and max(len(row['messages']) for row in rows) >= 6
     questions = ' '.join(m['content'] for row in rows for m in row['messages'][::2])
-    for part in ('What color', 'What is the', 'Is there', 'How many', 'Where is', 'more shapes', 'In the second', 'Describe'):
+    for part in ('What color', 'What is the', 'Is there', 'How many', 'crosses', 'Where is', 'more shapes', 'In the second',
+                 'Describe'):
         assert part in questions, part
     answers = [m['content'] for row in rows for m in row['messages'][1::2]]
     yes, no = answers.count('yes'), answers.count('no')
