@@ -23,7 +23,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import struct
 import sys
 import tarfile
@@ -35,7 +34,6 @@ from pathlib import Path
 import huggingface_hub
 import jinja2.sandbox
 import numpy as np
-import safetensors.torch
 import tiktoken
 import tokenizers
 import torch
@@ -772,31 +770,7 @@ def store_features(
     device = device or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     model = vision.Vision(config).to(device).eval().requires_grad_(False)
     cache = vision.FeatureCache(dataset_folder(dataset), config, model.encoder.fingerprint)
-    cache.folder.mkdir(exist_ok=True)
-
-    def compute(paths):
-        images = [vision.preprocess(image, config) for image in pool.map(load_image, paths)]
-        patches, grid = vision.collate(images, config)
-        return model.features(patches.to(device), grid.to(device))[0].cpu()     # (N, L', C)
-
-    with ThreadPoolExecutor(4) as pool, torch.no_grad():
-        _, length, width = compute(paths[:1]).shape
-        needed = len(paths) * length * width * 2 / 1e9
-        free = shutil.disk_usage(cache.folder).free / 1e9
-        print(f'{len(paths)} images x {length} tokens x {width} x 2 bytes = {needed:.3f} GB in {cache.folder}; '
-              f'{free:.1f} GB are free', file=sys.stderr)
-        if needed > free:
-            raise ValueError(f'{needed:.1f} GB do not fit into {free:.1f} GB: make room, or pool (--connector=pool)')
-        paths = [path for path in paths if not cache.file_for(path).exists()]
-        for i in tqdm(range(0, len(paths), batch_size), unit='batch'):
-            batch = paths[i:i + batch_size]
-            for path, features in zip(batch, compute(batch)):
-                file = cache.file_for(path)
-                half = features.half()
-                half = half if half.isfinite().all() else features.bfloat16()
-                safetensors.torch.save_file({'features': half}, f'{file}.part')
-                os.replace(f'{file}.part', file)
-    cache.finished.touch()
+    cache.fill(paths, model, batch_size)
 
 # -----------------------------------------------------------------------------
 # commands that write a dataset

@@ -36,12 +36,14 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import tarfile
 import tempfile
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -50,9 +52,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageEnhance, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 def derived(default):
     """A field that no user sets: the tokenizer, or a pretrained encoder, determines it."""
@@ -851,6 +854,39 @@ class FeatureCache:
 
     def file_for(self, path):
         return self.folder / f'{hash64(os.path.relpath(path, self.root)):016x}.safetensors'
+
+    @torch.no_grad()
+    def fill(self, paths, model, batch_size):
+        """Stores what a frozen Vision makes of image files, in float16, or in bfloat16 where a feature is too large
+        for it. Files that are there already stay. Raises ValueError if the disk has no room for all.
+        """
+        self.folder.mkdir(exist_ok=True)
+        device = next(model.parameters()).device
+
+        def compute(paths):
+            images = [preprocess(image, model.config) for image in pool.map(load_image, paths)]
+            patches, grid = collate(images, model.config)
+            return model.features(patches.to(device), grid.to(device))[0].cpu()  # (N, L', C)
+
+        with ThreadPoolExecutor(4) as pool:
+            _, length, width = compute(paths[:1]).shape
+            needed = len(paths) * length * width * 2 / 1e9
+            free = shutil.disk_usage(self.folder).free / 1e9
+            print(f'{len(paths)} images x {length} tokens x {width} x 2 bytes = {needed:.3f} GB in {self.folder}; '
+                  f'{free:.1f} GB are free', file=sys.stderr)
+            if needed > free:
+                raise ValueError(f'{needed:.1f} GB do not fit into {free:.1f} GB: make room, or pool '
+                                 '(--connector=pool)')
+            paths = [path for path in paths if not self.file_for(path).exists()]
+            for i in tqdm(range(0, len(paths), batch_size), unit='batch'):
+                batch = paths[i:i + batch_size]
+                for path, features in zip(batch, compute(batch)):
+                    half = features.half()
+                    half = half if half.isfinite().all() else features.bfloat16()
+                    file = self.file_for(path)
+                    save_file({'features': half}, f'{file}.part')
+                    os.replace(f'{file}.part', file)
+        self.finished.touch()
 
     def __getitem__(self, path):
         try:

@@ -6,7 +6,7 @@ drawn, nothing is downloaded.
     python train.py config/vlm_cpu.py
     python sample.py --out_dir=out/vlm_cpu --image data/shapes/images/000003a.png --prompt "Describe the image."
 
-Measured 2026-11-25, 2 cores of an AMD EPYC: 7.5 minutes with five evaluations; 98.3 % exact last answers in 1,000
+Measured 2026-11-25, 2 cores of an AMD EPYC: 7.4 minutes with five evaluations; 98.3 % exact last answers in 1,000
 held-out conversations; loss 0.016, blank 1.94, shuffled 2.46. (On 2026-11-24, an Intel Xeon: 7.2 minutes, 99.0 %.)
 Tried, both with half the batch and data: bytes, muon_lr 0.02 and learning_rate 2e-3, 76 % exact after 1600 steps;
 the same with words, 66 % after 1000. Shapes of 12 to 24 pixels instead of 18 to 28: their loss is 1.15 instead of 0.08.
