@@ -123,7 +123,7 @@ class FileRows:
 def open_table(path):
     """The rows of a .txt or .parquet file by their number."""
     if path.suffix == '.txt':
-        return [{'text': text} for text in split_paragraphs(path.read_text('utf-8', errors='replace'))]
+        return [{'text': text} for text in render.split_paragraphs(path.read_text('utf-8', errors='replace'))]
     import datasets  # memory-maps what it reads; takes a second to import, so only here
     with explain_errors(f'{path} is not a parquet file that can be read', 'write it anew'):
         return datasets.load_dataset('parquet', data_files=str(path), split='train')
@@ -153,15 +153,6 @@ def index_rows(path, f, split):
         if not split or is_held_out(holdout_key(row), VAL_EVERY) == (split == 'val'):
             f.write(struct.pack('<q', position))
 
-def split_paragraphs(text, min_chars=600):
-    """Cuts a text at blank lines into pieces of at least min_chars characters (the last one may be shorter)."""
-    pieces = ['']
-    for paragraph in filter(str.strip, re.split(r'\n\s*\n', text)):
-        if len(pieces[-1]) >= min_chars:
-            pieces.append('')
-        pieces[-1] += ('\n\n' if pieces[-1] else '') + paragraph
-    return list(filter(None, pieces))
-
 def pydoc_rows(split):
     """The topics of `help()` in pieces. One topic of ten is held out, with every paragraph that other topics repeat."""
     from pydoc_data.topics import topics
@@ -172,7 +163,7 @@ def pydoc_rows(split):
         for paragraph in re.split(r'\n\s*\n', text):
             paragraphs.setdefault(''.join(paragraph.split()), (is_held_out(name, 10), paragraph))
     text = '\n\n'.join(paragraph for is_val, paragraph in paragraphs.values() if is_val == (split == 'val'))
-    return [{'text': piece, 'images': []} for piece in split_paragraphs(text)]
+    return [{'text': piece, 'images': []} for piece in render.split_paragraphs(text)]
 
 # -----------------------------------------------------------------------------
 # other people's rows: this is the one place that understands their keys
@@ -357,9 +348,8 @@ class Tokenizer:
         return self.encode_segments([(text, False, False)])[0]
 
     def encode_segments(self, pieces, char_level=False):
-        """
-        [(text, is_special, in_loss)] -> the ids, and for each whether it is in the loss. Text between two special tokens is
-        one string to the backend, as in transformers. With char_level, each character in the loss is encoded alone.
+        """[(text, is_special, in_loss)] -> the ids, and for each whether it is in the loss. Text between two special tokens
+        is one string to the backend, as in transformers. With char_level, each character in the loss is encoded alone.
         """
         text = flags = ''
         marked = []  # what the marks stand for: an id, or None, where a mark only keeps texts apart
@@ -519,9 +509,8 @@ def read_hugging_face(name, system_prompt):
 
 @functools.lru_cache(maxsize=1000)
 def render_chat(tokenizer, turns, prompt_only=False):
-    """
-    The chat template for conversations with some turns, ((role, content with numbered slots for its texts), ...): [(text of
-    the template or number of a slot, is_special, is_answer)]. An answer ends with the first special token after it.
+    """The chat template for conversations with some turns, ((role, content with numbered slots for its texts), ...): [(text
+    of the template or number of a slot, is_special, is_answer)]. An answer ends with the first special token after it.
     """
     messages = [{'role': role, 'content': content} for role, content in turns]
     if tokenizer.content_is_list:
@@ -584,9 +573,8 @@ def conversation(example, tokenizer, prompt_only):
     return [(piece if isinstance(piece, str) else texts[piece], *flags) for piece, *flags in chat]
 
 def segments(example, tokenizer, loss_on, prompt_only=False):
-    """
-    [(text or special token, is_special, in_loss)] of an example. <image> is special only if there are images; "filling" is
-    text instead of them. With prompt_only the last answer is left out, and what opens it stands at the end.
+    """[(text or special token, is_special, in_loss)] of an example. <image> is special only if there are images; "filling"
+    is text instead of them. With prompt_only the last answer is left out, and what opens it stands at the end.
     """
     loss_on = example.get('loss_on', loss_on)
     if loss_on not in ('assistant', 'all', 'postfix'):
@@ -776,8 +764,7 @@ def store_features(
 # commands that write a dataset
 
 def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
-    """
-    Writes convert(row) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in threads,
+    """Writes convert(row) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in threads,
     raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl. Called again with the same source,
     max_examples, val_every and work, it continues where it was. Raises ValueError if a side is empty.
     """
@@ -871,8 +858,7 @@ def prepare_shapes(
     name='shapes',       # the dataset is written to data/NAME
     max_examples=40000,  # how many conversations
 ):
-    """
-    Draws images of colored shapes, with conversations about them: a dataset to learn on when nothing can be downloaded.
+    """Draws images of colored shapes, with conversations about them: a dataset to learn on when nothing can be downloaded.
 
     No held-out image is in the training set. One example of twenty has no image, three have two. words.txt lists all words.
     """
@@ -1091,7 +1077,7 @@ def show_example(
             document = fit_document(document, config, max_images=8)
         if document is None:  # left out
             continue
-        tokens = colored_tokens(document, enc)
+        tokens = render.token_types(document['idx'], document['targets'], enc)
         n_positions = sum(token != enc.image_id for token in document['idx']) + len(document['images'])
         n_targets = sum(target >= 0 for target in document['targets'])
         print(f'{dataset}, row {i % len(rows)} to {split} on: {len(document["images"])} images, {len(document["idx"])} tokens '
@@ -1103,20 +1089,6 @@ def show_example(
         sheets.append(render.mask_image(batch['docs'][0].numpy(), is_image.numpy()))
     render.stack(sheets, 1, render.MARGIN).save(out)
     print(f'as an image: {out}', file=sys.stderr)
-
-def colored_tokens(document, enc):
-    """A tokenized example as [(text, type)] for render.token_sheet; an image is one of them."""
-    ids = document['idx'] + [target for target in document['targets'][-1:] if target >= 0]
-    in_loss = [False, *(target >= 0 for target in document['targets'])]
-    tokens = []
-    for is_image, run_of_ids in itertools.groupby(range(len(ids)), lambda i: ids[i] == enc.image_id):
-        if is_image:
-            tokens.append((f'{IMAGE} x {len(list(run_of_ids))}', 'image'))
-            continue
-        for i in run_of_ids:
-            token_class = 'special' if ids[i] in enc.special.values() else 'given'
-            tokens.append((enc.decode([ids[i]]), 'in_loss' if in_loss[i] else token_class))
-    return tokens
 
 COMMANDS = {
     'text': prepare_text, 'shapes': prepare_shapes, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,

@@ -235,7 +235,16 @@ def render_text(text, rng, config):
             text = text[:len(text) * 7 // 8].rstrip()
 
 # -----------------------------------------------------------------------------
-# split: a text -> a span of it -> prefix, infix, postfix
+# split: a text -> pieces; a span of it; prefix, infix, postfix
+
+def split_paragraphs(text, min_chars=600):
+    """Cuts a text at blank lines into pieces of at least min_chars characters (the last one may be shorter)."""
+    pieces = ['']
+    for paragraph in filter(str.strip, re.split(r'\n\s*\n', text)):
+        if len(pieces[-1]) >= min_chars:
+            pieces.append('')
+        pieces[-1] += ('\n\n' if pieces[-1] else '') + paragraph
+    return list(filter(None, pieces))
 
 def text_span(text, rng, min_chars, max_chars):
     """A random span of min_chars to max_chars characters of the text, at word boundaries if there are any."""
@@ -486,6 +495,22 @@ def similarity_grid(images, captions, values):
 
 TOKEN_FILLS = {'in_loss': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
 TOKEN_CODES = {'in_loss': '30;42', 'image': '30;44', 'special': '2', 'given': '0'}  # of ANSI terminals
+
+def token_types(idx, targets, enc):
+    """The ids of an example, and the last target, as (text, type) for token_sheet; an image is one of them. enc: their
+    tokenizer; targets: -1 where the next id is not in the loss.
+    """
+    ids = idx + [target for target in targets[-1:] if target >= 0]
+    in_loss = [False, *(target >= 0 for target in targets)]
+    tokens = []
+    for is_image, run_of_ids in itertools.groupby(range(len(ids)), lambda i: ids[i] == enc.image_id):
+        if is_image:
+            tokens.append((f'{IMAGE} x {len(list(run_of_ids))}', 'image'))
+            continue
+        for i in run_of_ids:
+            other_type = 'special' if ids[i] in enc.special.values() else 'given'
+            tokens.append((enc.decode([ids[i]]), 'in_loss' if in_loss[i] else other_type))
+    return tokens
 
 def token_sheet(images, tokens, width=720):
     """An RGB image: the images in a row and, below them, (text, type) tokens, each in the color of its type."""
