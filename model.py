@@ -20,6 +20,7 @@ References:
 5) LoRA: https://arxiv.org/abs/2106.09685
 """
 
+import functools
 import json
 import math
 import os
@@ -32,7 +33,6 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from vision import (Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint,
                     group_parameters)
@@ -153,19 +153,21 @@ def document_mask(docs):
 
 def document_block_mask(docs):
     """The same as a BlockMask."""
+    from torch.nn.attention.flex_attention import create_block_mask  # takes two seconds, so only where it is used
     B, T = docs.shape
     allows = lambda b, h, q, k: (q >= k) & (docs[b, q] == docs[b, k])
-    make = compiled_block_mask if docs.is_cuda else create_block_mask
-    return make(allows, B, None, T, T, device=docs.device)
+    return compiled_on_cuda(create_block_mask, docs)(allows, B, None, T, T, device=docs.device)
 
 def attend_in_blocks(q, k, v, mask, enable_gqa):
-    """FlexAttention under a BlockMask; compiled on CUDA, because otherwise it computes the whole (T, T) matrix."""
-    attend = compiled_flex_attention if q.is_cuda else flex_attention
-    return attend(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
+    """FlexAttention under a BlockMask."""
+    from torch.nn.attention.flex_attention import flex_attention
+    return compiled_on_cuda(flex_attention, q)(q, k, v, block_mask=mask, enable_gqa=enable_gqa)
 
-# compiled when they are first called
-compiled_block_mask = torch.compile(create_block_mask)
-compiled_flex_attention = torch.compile(flex_attention)
+compile_once = functools.cache(torch.compile)
+
+def compiled_on_cuda(function, x):
+    """FlexAttention's functions compute whole (T, T) matrices unless they are compiled, by themselves or in a model."""
+    return compile_once(function) if x.is_cuda and not torch.compiler.is_compiling() else function
 
 class CausalSelfAttention(nn.Module):
 
@@ -206,7 +208,7 @@ class CausalSelfAttention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under CUDA's autocast q_norm and k_norm return float32
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))                        # (B, nh or n_kv_head, T or S, hs)
         enable_gqa = self.n_kv_head < self.n_head
-        if isinstance(mask, BlockMask):
+        if mask is not None and not torch.is_tensor(mask):  # a BlockMask
             y = attend_in_blocks(q, k, v, mask, enable_gqa)
         else:
             dropout_p = self.dropout if self.training else 0.0

@@ -652,9 +652,8 @@ def target_places(targets):
 def collate(examples, config, n_images=0):
     """Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; places (n,), as in
     `target_places`; lengths int64 (B,); images, the (patches, grid) of all of them, row by row, or None without vision; of
-    packed rows also docs (B, T), as in `pack`.
-    n_images as in vision.collate. An {"error": sentence} among the examples is returned in place of a batch. ValueError if
-    ids and images disagree.
+    packed rows also docs (B, T), as in `pack`. n_images as in vision.collate. An {"error": sentence} among the examples is
+    returned in place of a batch. ValueError if ids and images disagree.
     """
     errors = [example for example in examples if 'error' in example]
     if errors:
@@ -690,10 +689,12 @@ def pack(documents, config, batch_size, max_images, left_out=0, static_images=Fa
     documents: an endless iterator of (index, tokenized example or {"error": ...}). One that is longer than a row is cut in
     the text after its last image; if that is impossible, or it has too many images, it is left out and counted. `packing` of
     a batch is what a resumed run needs: {'waiting': indices of the documents that wait, which its iterator has to begin
-    with, 'last': that of the last document taken from the iterator, 'left_out': how many so far}.
+    with, 'last': that of the last document taken from the iterator, 'left_out': how many so far}. Raises ValueError for a
+    document's error, and if none of 1000 documents fits.
     """
     n_images = batch_size * max_images if static_images else 0
     waiting = []
+    in_succession = 0  # documents left out
     while True:
         rows = [{'idx': [], 'targets': [], 'docs': [], 'images': []} for _ in range(batch_size)]
         stream = itertools.chain(waiting, documents)
@@ -701,8 +702,12 @@ def pack(documents, config, batch_size, max_images, left_out=0, static_images=Fa
         while len(waiting) < WAITING:
             index, document = next(stream)
             if 'error' in document and not document['is_too_long']:
-                yield document
+                raise ValueError(document['error'])
             document = fit_document(document, config, max_images)
+            in_succession = in_succession + 1 if document is None else 0
+            if in_succession == 1000:
+                raise ValueError('packing: of 1000 examples in succession none has a target within a row of '
+                                 f'{config.block_size} tokens and {max_images} images: raise block_size or max_images')
             if document is None:
                 left_out += 1
             elif not place_document(document, rows, config, max_images):
@@ -744,10 +749,7 @@ def store_features(
     batch_size=32,
     device='',  # '' takes CUDA or MPS if there is one
 ):
-    """Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted.
-
-    They are stored in float16, those of an image with a feature too large for it in bfloat16.
-    """
+    """Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted."""
     if not vision.is_pretrained(config):
         raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen encoder, got {config.vision_encoder!r}')
     rows = itertools.chain(open_rows(dataset, 'train'), open_rows(dataset, 'val'))
@@ -757,8 +759,7 @@ def store_features(
     config = vision.complete_config(config)
     device = device or torch.accelerator.current_accelerator(check_available=True) or 'cpu'
     model = vision.Vision(config).to(device).eval().requires_grad_(False)
-    cache = vision.FeatureCache(dataset_folder(dataset), config, model.encoder.fingerprint)
-    cache.fill(paths, model, batch_size)
+    vision.FeatureCache(dataset_folder(dataset), config, model.encoder.fingerprint).fill(paths, model, batch_size)
 
 # -----------------------------------------------------------------------------
 # commands that write a dataset
@@ -800,8 +801,8 @@ def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
     except ValueError:  # what has to be corrected may concern every row
         progress.unlink()
         raise
-    for path in folder.glob('*.part'):
-        path.rename(path.with_suffix(''))
+    for side in sides:
+        (folder / f'{side}.jsonl.part').replace(folder / f'{side}.jsonl')
     for path in folder.glob('progress-*'):
         path.unlink()
     print(f'{folder}: {counts["train"]} examples to train on, {counts["val"]} held out', file=sys.stderr)
@@ -1067,8 +1068,7 @@ def show_example(
     if packed:
         documents = ((i, tokenize(rows[i % len(rows)], enc, config, loss_on)) for i in itertools.count(index))
         batch = next(pack(documents, config, batch_size=1, max_images=8))
-        state = batch['packing']
-        shown = [i for i in range(index, state['last'] + 1) if i not in state['waiting']]
+        shown = sorted(set(range(index, batch['packing']['last'] + 1)) - set(batch['packing']['waiting']))
     sheets = []
     for i in shown:
         example = rows[i % len(rows)]

@@ -145,7 +145,10 @@ def test_long_documents_are_cut_after_their_last_image_or_left_out_and_counted()
     batch = next(pack(stream, config, 1, max_images=2))
     assert batch['packing']['left_out'] == 4 and batch['idx'].tolist() == [fits['idx'][:32]]
     broken = {'error': 'no image at x.png', 'is_too_long': False}
-    assert next(pack(iter([(0, broken)]), config, 1, 2))['error'] == 'no image at x.png', 'never in silence'
+    with pytest.raises(ValueError, match='no image at x.png'):
+        next(pack(iter([(0, broken)]), config, 1, 2))
+    with pytest.raises(ValueError, match='of 1000 examples in succession none has a target within a row of 32 tokens'):
+        next(pack(enumerate(itertools.repeat(image_last)), config, 1, 2))
 
 
 def test_packed_documents_take_the_operations_of_single_ones():
