@@ -46,6 +46,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -87,8 +88,9 @@ class VisionConfig:
     vision_n_embd: int = 384
     vision_layer: int = -2    # of a pretrained encoder: the layer of the features; -1 is the last
     vision_cls: bool = False  # of a pretrained encoder: keep its class token as the first image token
-    image_fit: str = 'pad'    # of a pretrained encoder: how an image becomes its square: pad, squash or crop
-    image_size: int = derived(0)  # of a pretrained encoder: the side of its square, in pixels
+    image_fit: str = ''       # of a pretrained encoder: native, each image keeps its size and aspect, or how it becomes
+    #                           a square: pad, squash, crop; '' takes native for timm/naflexvit_*, else pad
+    image_size: int = 0       # side of the squares, in pixels; 0: that of the pretrained encoder, and no squares for vit
     image_mean: tuple = derived((0.5, 0.5, 0.5))
     image_std: tuple = derived((0.5, 0.5, 0.5))
     # BLIP-2's first stage
@@ -98,6 +100,10 @@ class VisionConfig:
 def is_pretrained(config):
     """Whether the encoder has published weights: its name has a slash, like ViT-L-14-quickgelu/openai."""
     return '/' in config.vision_encoder
+
+def is_native(config):
+    """Whether an image keeps its size and aspect, up to max_image_tokens. Otherwise it becomes a square."""
+    return config.image_fit == 'native' if is_pretrained(config) else not config.image_size
 
 def cell_size(config):
     """Side, in patches, of the square that becomes one image token: pool_size for `pool`, else 1."""
@@ -269,14 +275,18 @@ def cut(array, k, height, width):
 
 def resize(image, config):
     """An RGB PIL image at the size at which the encoder reads it; bicubic, Pillow's default."""
-    if is_pretrained(config):
+    if not is_native(config):
         return resize_to_square(image, config)
     if config.line_height:
         image = crop_line(image)
-    return image.resize(scaled_size(*image.size, config))
+    width, height = scaled_size(*image.size, config)
+    if is_pretrained(config):  # it knows whole patches only, so the aspect may change by less than one
+        width = config.patch_width * math.ceil(width / config.patch_width)
+        height = config.patch_height * math.ceil(height / config.patch_height)
+    return image.resize((width, height))
 
 def resize_to_square(image, config):
-    """An image as a pretrained encoder takes it, image_size x image_size pixels:
+    """An image as most pretrained encoders take it, image_size x image_size pixels:
         pad     the whole image in its own aspect, the rest filled with the encoder's mean color (LLaVA-1.5)
         squash  the whole image, distorted to a square: uses every pixel of the square, good for pages
         crop    its center, the shorter side whole: what CLIP was trained on; it cuts off a page's margins
@@ -290,13 +300,13 @@ def resize_to_square(image, config):
     elif config.image_fit == 'crop':
         image = ImageOps.fit(image, size)
     else:
-        raise ValueError(f'image_fit must be pad, squash or crop, got {config.image_fit!r}')
+        raise ValueError(f'image_fit must be native, pad, squash or crop, got {config.image_fit!r}')
     whole = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14
     return image.crop((0, 0, whole, whole))
 
 def scaled_size(width, height, config):
-    """The size in pixels, (width, height), at which the ViT reads an image: its own, or that with a height of
-    line_height, if it makes at most max_image_tokens tokens, else the largest of the same aspect that does.
+    """The size in pixels, (width, height), at which an encoder reads an image that keeps its aspect: its own, or that
+    with a height of line_height, if it makes at most max_image_tokens tokens, else the largest that does.
     Raises ValueError if that shrinks one side to less than a quarter of a patch.
     """
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
@@ -354,8 +364,8 @@ def collate(images, config, n_images=0):
     patches, grids = zip(*images)
     patches = pad_sequence(patches, batch_first=True)                           # (N, L, D)
     grid = pad_sequence(grids, batch_first=True, padding_value=-1)              # (N, L, 2)
-    if n_images:  # those of a pretrained encoder all have one length
-        length = 0 if is_pretrained(config) else config.max_image_tokens * cell_size(config)**2
+    if n_images:  # squares all have one length
+        length = config.max_image_tokens * cell_size(config)**2 + config.vision_cls if is_native(config) else 0
         padding = (0, 0, 0, max(0, length - grid.shape[1]), 0, n_images - len(grid))
         patches = F.pad(patches, padding)
         grid = F.pad(grid, padding, value=-1)
@@ -468,14 +478,17 @@ class PretrainedEncoder(Freezable):
         if config.vision_cls and config.connector == 'pool':
             raise ValueError('vision_cls does not work with connector pool: a class token is in no cell')
         self.config = config
-        self.width, unused, _ = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
-        self.tower = open_tower(config.vision_encoder, load)
-        for name in unused:
+        shape = tower_shape(config)
+        self.width = shape.width
+        self.tower = open_tower(config.vision_encoder, load, shape.new_size)
+        for name in shape.unused:
             module_name, _, last = name.rpartition('.')
             module = self.tower.get_submodule(module_name)
             module.register_buffer(last, module._parameters.pop(last).data, persistent=False)
         # identifies weights that are stored elsewhere, under this name
         self.fingerprint = fingerprint(self.tower.state_dict()) if load else ''
+        if is_native(config):
+            return
         # where the class token and the patches, row by row, are in the order of `preprocess`, cell by cell
         _, grid = preprocess(Image.new('RGB', (8, 8)), config)                  # (L, 2)
         row, col = grid.unbind(-1)
@@ -485,10 +498,13 @@ class PretrainedEncoder(Freezable):
     def forward(self, patches, grid):
         """uint8 patches (N, L, D), grid (N, L, 2) -> features (N, L, C)."""
         config, p = self.config, self.config.patch_width
-        side = config.image_size // p
         N, L, _ = patches.shape
-        x = patches[:, self.order[-side**2:]].view(N, side, side, p, p, 3) / 255  # without the class token's
+        x = patches.view(N, L, p * p, 3) / 255
         x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
+        if is_native(config):
+            return forward_native(self.tower, x, grid, config)
+        side = config.image_size // p
+        x = x[:, self.order[-side**2:]].view(N, side, side, p, p, 3)  # without the class token's
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(N, 3, side * p, side * p)
         margin = config.image_size - side * p  # pixels after the last whole patch, which belong to no patch
         x = F.pad(x, (0, margin, 0, margin))                                    # (N, 3, size, size)
@@ -512,45 +528,147 @@ def forward_features(tower, x, layer, keep_cls):
     x = x.flatten(2).transpose(1, 2)                                            # (N, rows * cols, C)
     return torch.cat([prefix[:, :1], x], dim=1) if keep_cls else x
 
+# a ViT that was trained on squares reads images of any size, as NaViT and SigLIP2 do: the rows and columns of each image
+# extend over the whole table of positions, and its patches attend to each other only
+
+def forward_native(tower, x, grid, config):
+    """The same for images of any sizes: normalized patches (N, L, p * p, 3) and grid (N, L, 2), -1 at padding, both with
+    an entry for the class token first if config.vision_cls -> features (N, L, C).
+    """
+    vit = getattr(tower, 'trunk', tower)  # open_clip wraps timm's towers
+    n_cls = int(config.vision_cls)
+    grid = grid[:, n_cls:]
+    x, n_prefix = embed_native(vit, x[:, n_cls:], grid)                         # (N, n_prefix + L, C)
+    mask = padding_mask(F.pad(grid[..., 0] >= 0, (n_prefix, 0), value=True))    # (N, 1, 1, n_prefix + L)
+    if hasattr(vit, 'class_embedding'):  # open_clip's own
+        x = vit.ln_pre(x)
+        blocks, norm = vit.transformer.resblocks, vit.ln_post
+        # nn.MultiheadAttention wants what is added to the scores of each head
+        mask = torch.where(mask, 0.0, -math.inf).expand(-1, blocks[0].attn.num_heads, x.shape[1], -1).flatten(0, 1)
+    else:
+        x = vit.norm_pre(x)
+        blocks, norm = vit.blocks, vit.norm
+    last = range(len(blocks))[config.vision_layer]
+    for block in list(blocks)[:last + 1]:
+        x = block(x, attn_mask=mask)
+    if config.vision_layer == -1:
+        x = norm(x)
+    return torch.cat([x[:, :n_cls], x[:, n_prefix:]], dim=1)
+
+def embed_native(vit, x, grid):
+    """What the first layer of a plain ViT of open_clip or timm gets, (N, n_prefix + L, C), and n_prefix: the number of the
+    tokens that come before the patches, such as the class token.
+    """
+    mode = 'bicubic'
+    if hasattr(vit, 'class_embedding'):  # open_clip's own
+        x = project_patches(vit.conv1, x)                                       # (N, L, C)
+        tokens = [vit.class_embedding]
+        table = vit.positional_embedding
+    elif hasattr(vit, 'embeds'):  # timm's NaFlexVit
+        x = vit.embeds.norm(vit.embeds.proj(x.flatten(2)))
+        tokens = [vit.embeds.cls_token, vit.embeds.reg_token]
+        table = vit.embeds.pos_embed[0].flatten(0, 1)
+        mode = vit.embeds.pos_embed_interp_mode
+    else:  # timm's VisionTransformer
+        x = vit.patch_embed.norm(project_patches(vit.patch_embed.proj, x))
+        tokens = [vit.cls_token, vit.reg_token]
+        table = vit.pos_embed[0]
+    tokens = [token.view(-1, x.shape[2]) for token in tokens if token is not None]
+    prefix = torch.cat([table[:0], *tokens])                                    # (n_prefix, C)
+    n = len(table) - math.isqrt(len(table))**2  # some tables begin with positions for the prefix
+    if n:
+        prefix = prefix + table[:n]
+    x = x + interpolate_positions(table[n:], grid, mode)
+    return torch.cat([prefix.expand(len(x), -1, -1), x], dim=1), len(prefix)
+
+def project_patches(conv, x):
+    """A convolution whose stride is its size, on patches (N, L, p * p, 3)."""
+    return F.linear(x.flatten(2), conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+
+def interpolate_positions(table, grid, mode):
+    """The position embeddings (N, L, C) of patches, for which a table (G * G, C) was trained on G x G patches: as
+    F.interpolate(mode='bicubic' or 'bilinear', antialias=True) gives them, but for images of different sizes at once.
+    """
+    side = math.isqrt(len(table))
+    shape = grid.amax(1, keepdim=True) + 1  # rows and columns of each image         # (N, 1, 2)
+    scale = side / shape.clamp(min=1)
+    center = (grid.clamp(min=0) + 0.5) * scale                                  # (N, L, 2), in the table
+    distance = torch.arange(side, device=grid.device) + 0.5 - center[..., None]  # (N, L, 2, G)
+    x = distance.abs() / scale.clamp(min=1)[..., None]  # an image of fewer patches gets means
+    if mode == 'bilinear':
+        weight = (1 - x).clamp(min=0)
+    else:  # Keys' cubic convolution, https://doi.org/10.1109/TASSP.1981.1163711
+        near = 1.5 * x**3 - 2.5 * x**2 + 1
+        far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    row, col = (weight / weight.sum(-1, keepdim=True)).unbind(2)                # (N, L, G) each
+    return (row[..., :, None] * col[..., None, :]).flatten(2) @ table
+
+def is_plain_vit(vit):
+    """Whether `forward_native` computes it: a ViT of open_clip or timm that has one table of positions and no RoPE."""
+    if type(vit).__name__ == 'NaFlexVit':
+        embeds = vit.embeds
+        special = vit.rope is not None or embeds.pos_embed_ar_preserving or embeds.pos_embed_use_grid_sample
+        return embeds.pos_embed_type == 'learned' and not special
+    if hasattr(vit, 'class_embedding'):
+        return hasattr(vit.transformer, 'resblocks')
+    return type(vit).__name__ == 'VisionTransformer' and vit.pos_embed is not None
+
 def complete_config(config):
     """The config with what a pretrained encoder determines: the size, mean and std of its images, the size of
     its patches. Reads no weights. Raises ValueError for a wrong name, also for one with another activation
     than its weights were trained with: OpenAI's need the names with "quickgelu".
     """
-    if not is_pretrained(config) or config.image_size:  # it is complete, as a checkpoint's is
+    if not is_pretrained(config):
         return config
-    *_, fields = tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls)
-    return replace(config, **fields)
+    if not config.image_fit:
+        is_naflex = config.vision_encoder.startswith('timm/naflexvit')
+        config = replace(config, image_fit='native' if is_naflex else 'pad')
+    if is_native(config) and config.image_size:
+        raise ValueError('image_size is the side of squares, and with image_fit=native there are none: set '
+                         'max_image_tokens, or --image_fit=pad')
+    return replace(config, **tower_shape(config).fields)
+
+def tower_shape(config):
+    """What has to be known of a tower before its weights are read: width of its features; unused, the names of the
+    parameters without an effect; fields of the config that it determines; new_size, if it is not the tower's own.
+    """
+    return find_tower_shape(config.vision_encoder, config.vision_layer, config.vision_cls, config.image_fit == 'native',
+                            config.image_size)
 
 @functools.lru_cache
-def tower_shape(name, layer, keep_cls):
-    """What has to be known of a tower before its weights are read: the width of its features, the names of the
-    parameters without an effect, and the fields of the config that it determines. Found by a forward and a
-    backward pass on the meta device, which has shapes and no numbers.
-    """
+def find_tower_shape(name, layer, keep_cls, native, size):
+    """`tower_shape`, by a forward and a backward pass on the meta device, which has shapes and no numbers."""
     published = published_preprocessing(name)
-    tower = open_tower(name, load=False, device='meta').eval()
+    tower = open_tower(name, load=False, device='meta')
     if name.startswith('timm/'):
         import timm
         own = timm.data.resolve_model_data_config(tower)
-        size = own['input_size'][-1]
+        own_size = own['input_size'][-1]
     else:
         own = tower.preprocess_cfg
-        size = int(np.max(own['size']))  # one number, or height and width
+        own_size = int(np.max(own['size']))  # one number, or height and width
+    new_size = size if size != own_size else 0
+    size = size or own_size
+    if new_size:
+        tower = open_tower(name, load=False, new_size=new_size, device='meta')
     trunk = getattr(tower, 'trunk', tower)  # open_clip wraps timm's towers
     if keep_cls and not getattr(trunk, 'num_prefix_tokens', hasattr(trunk, 'class_embedding')):
         raise ValueError(f'{name} has no class token: leave vision_cls out')
+    if native and not is_plain_vit(trunk):
+        raise ValueError(f'{name} is no plain ViT with a table of positions, so its images have to become squares: set '
+                         '--image_fit=pad, squash or crop')
     try:
-        x = forward_features(tower, torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
+        x = forward_features(tower.eval(), torch.zeros(1, 3, size, size, device='meta'), layer, keep_cls)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f'{name} gives no features at vision_layer {layer}: {error}') from error
     x.sum().backward()
     unused = [name for name, p in tower.named_parameters() if p.grad is None]
     patch = size // math.isqrt(x.shape[1] - keep_cls)
     mean_std = {**own, **published}
-    fields = dict(image_size=size, image_mean=tuple(mean_std['mean']), image_std=tuple(mean_std['std']),
+    fields = dict(image_size=0 if native else size, image_mean=tuple(mean_std['mean']), image_std=tuple(mean_std['std']),
                   patch_height=patch, patch_width=patch)
-    return x.shape[2], unused, fields
+    return SimpleNamespace(width=x.shape[2], unused=unused, fields=fields, new_size=new_size)
 
 def split_name(name):
     """An encoder's name as (name of the model in its library, tag or file of its weights)."""
@@ -559,20 +677,23 @@ def split_name(name):
     model, _, weights = name.removeprefix('timm/').partition('/')
     return model, weights
 
-def open_tower(name, load, device='cpu'):
-    """The named image tower. Without `load` its weights are random and nothing is read."""
+def open_tower(name, load, new_size=0, device='cpu'):
+    """The named image tower, for squares of new_size instead of its own size: a table of positions is interpolated, once.
+    Without `load` its weights are random and nothing is read.
+    """
     model, weights = split_name(name)
     try:
         with torch.device(device):
             if name.startswith('timm/'):
                 import timm
                 overlay = dict(file=check_file(weights)) if weights and load else None
-                return timm.create_model(model, pretrained=load, num_classes=0, pretrained_cfg_overlay=overlay)
+                size = dict(img_size=new_size) if new_size else {}
+                return timm.create_model(model, pretrained=load, num_classes=0, pretrained_cfg_overlay=overlay, **size)
             import open_clip  # takes some seconds
             # the text tower comes along, and is dropped on leaving this line
             return open_clip.create_model(
                 model, weights if load else None, load_weights=load, require_pretrained=load,
-                pretrained_text=False, device=device).visual
+                pretrained_text=False, force_image_size=new_size or None, device=device).visual
     except Exception as error:  # open_clip, timm and the hub's client raise many of their own
         reason = str(error).partition('\n')[0]
         raise ValueError(f'{name} cannot be loaded ({reason}): connect once to download it, or name a file '
@@ -841,7 +962,8 @@ class FeatureCache:
     """cache[path] is (features float32 (L', C), grid (L', 2)). The folder's name is a hash of what the features depend on."""
 
     def __init__(self, root, config, fingerprint):
-        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, cell_size(config)]
+        size = config.max_image_tokens if is_native(config) else config.image_size
+        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, cell_size(config), size]
         self.root = Path(root)  # the dataset's folder
         self.folder = self.root / f'features-{hash64(json.dumps(made_by)):016x}'
         self.finished = self.folder / 'finished'  # an empty file, written last
@@ -866,10 +988,13 @@ class FeatureCache:
         def compute(paths):
             images = [preprocess(image, model.config) for image in pool.map(load_image, paths)]
             patches, grid = collate(images, model.config)
-            return model.features(patches.to(device), grid.to(device))[0].cpu()  # (N, L', C)
+            features, valid = model.features(patches.to(device), grid.to(device))  # (N, L', C), (N, L')
+            return [x[own].cpu() for x, own in zip(features, valid)]
 
         with ThreadPoolExecutor(4) as pool:
-            _, length, width = compute(paths[:1]).shape
+            length, width = compute(paths[:1])[0].shape
+            if is_native(model.config):
+                length = model.config.max_image_tokens  # at most
             needed = len(paths) * length * width * 2 / 1e9
             free = shutil.disk_usage(self.folder).free / 1e9
             print(f'{len(paths)} images x {length} tokens x {width} x 2 bytes = {needed:.3f} GB in {self.folder}; '

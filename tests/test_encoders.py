@@ -168,7 +168,7 @@ def test_image_fit(fit, corner, middle):
     blue_edge.paste('blue', (0, 0, 8, 32))
     assert (vision.resize_to_square(blue_edge, config).getpixel((0, 16))[2] > 128) == (fit != 'crop')
     config.image_fit = 'stretch'
-    with pytest.raises(ValueError, match='image_fit must be pad, squash or crop'):
+    with pytest.raises(ValueError, match='image_fit must be native, pad, squash or crop'):
         vision.resize_to_square(image, config)
 
 
@@ -192,7 +192,7 @@ def test_complete_config_and_constructors_do_not_change_their_config(towers, nam
     complete = complete_config(config)
     assert dataclasses.asdict(config) == before and complete != config
     before = dataclasses.asdict(complete)
-    assert complete_config(complete) is complete
+    assert complete_config(complete) == complete
     model = make_model(**before)
     vision.PretrainedEncoder(complete)
     configure_optimizers(model, optimizer_config(vision_lr=0.0))
