@@ -12,6 +12,7 @@ Writes to out_dir: ckpt.pt (newest), ckpt_best.pt (lowest val_loss), log.jsonl a
 """
 
 import atexit
+import contextlib
 import functools
 import glob
 import itertools
@@ -28,6 +29,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
@@ -118,6 +123,9 @@ backend = ''                   # nccl or gloo; '' takes nccl on CUDA, else gloo
 device = ''                    # cuda, cuda:1, mps or cpu; '' takes the best there is
 dtype = ''                     # bfloat16, float16 (with a GradScaler) or float32; '' takes the best of the device
 compile = torch.cuda.is_available()  # use torch.compile to make the model faster
+parallel = 'ddp'               # of several processes: ddp, each has the whole model; fsdp, each has a part of it
+fsdp_size = 0                  # fsdp: processes that share a model, such as those of a machine; 0: all
+checkpoint_activations = False  # compute the activations of a block again in its backward pass, instead of keeping them
 # -----------------------------------------------------------------------------
 
 def setup_distributed(config):
@@ -138,6 +146,11 @@ def setup_distributed(config):
     if config.gradient_accumulation_steps % world_size:
         raise ValueError(f'gradient_accumulation_steps ({config.gradient_accumulation_steps}) counts the '
                          f'micro-batches of all processes and must be a multiple of their number ({world_size})')
+    if config.parallel not in ('ddp', 'fsdp'):
+        raise ValueError(f'parallel must be ddp or fsdp, got {config.parallel!r}')
+    if config.parallel == 'fsdp' and (not ddp or dtype == 'float16' or world_size % (config.fsdp_size or world_size)):
+        raise ValueError(f'parallel=fsdp needs torchrun, bfloat16 or float32, and a number of processes ({world_size}) that '
+                         f'fsdp_size ({config.fsdp_size}) divides')
     if ddp:
         dist.init_process_group(backend=config.backend or ('nccl' if device_type == 'cuda' else 'gloo'))
     torch.set_float32_matmul_precision('high')  # tf32 on CUDA
@@ -249,6 +262,82 @@ def pad_vocab(n):
     return -(-n // 64) * 64
 
 # -----------------------------------------------------------------------------
+# models that are too large for one GPU
+
+def transformer_blocks(model):
+    """The blocks of the GPT, the encoder and the Q-Former, a list each. Theirs are named blocks or resblocks."""
+    return [list(module) for name, module in model.named_modules() if name.endswith(('.h', '.blocks', '.resblocks'))]
+
+def recompute_activations(model):
+    """Activation checkpointing, https://arxiv.org/abs/1604.06174: of each block only its input is kept for the backward
+    pass, which computes the rest again. A third more time, for much less memory.
+    """
+    for block in itertools.chain(*transformer_blocks(model)):
+        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+def shard(model, config, dist_env):
+    """FSDP, https://arxiv.org/abs/2304.11277: each process keeps 1 / fsdp_size of all weights, gradients and optimizer
+    states, and gets the whole weights of a block when the block runs. With several groups of fsdp_size processes (HSDP),
+    each of them has a whole model. The weights that a block gets are in the run's dtype, and so is the residual stream,
+    which is float32 with DDP; gradients are summed in float32.
+    """
+    size = config.fsdp_size or dist_env.world_size
+    mesh = init_device_mesh(dist_env.device_type, (dist_env.world_size // size, size), mesh_dim_names=('replicate', 'shard'))
+    dtype = getattr(torch, dist_env.dtype)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for blocks in transformer_blocks(model):
+        for block, before in zip(blocks, blocks[:1] + blocks):
+            fully_shard(block.float(), mesh=mesh, mp_policy=policy)  # one after another: of each, only a part stays
+            # the backward pass gets the weights of the block before in advance. By itself FSDP would follow the order of
+            # all blocks that have run since the last one, in an evaluation too
+            block.set_modules_to_backward_prefetch([before])
+    fully_shard(model.float(), mesh=mesh, mp_policy=policy)  # embeddings, connector and head
+    model.set_modules_to_backward_prefetch([model])  # nothing
+
+@contextlib.contextmanager
+def whole_weights(model):
+    """While it lasts every process has the whole weights of a sharded model, and may run it as often as it likes. Without
+    it all processes have to run the same blocks at the same time, because they wait for each other's parts.
+    """
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+def gather(value, keep):
+    """A value of tensors in dicts and lists, in which sharded tensors are whole and on the CPU, or None in processes that
+    do not keep them. All processes have to call it at the same time.
+    """
+    if isinstance(value, DTensor):
+        tensor = value.full_tensor()
+        return tensor.cpu() if keep else None
+    if isinstance(value, dict):
+        return {key: gather(entry, keep) for key, entry in value.items()}
+    return [gather(entry, keep) for entry in value] if isinstance(value, list) else value
+
+def shard_like(tensor, p):
+    """A whole tensor, sharded as the parameter p is, if it is."""
+    if not isinstance(p, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+
+def load_optimizer(opt, state):
+    """Loads the state of an optimizer; rates, betas and weight decay of the command line count, as everywhere."""
+    settings = [dict(group) for group in opt.param_groups]
+    params = [p for group in opt.param_groups for p in group['params']]
+    for i, values in state['state'].items():
+        for name, value in values.items():
+            if value.dim():  # a step's number has none
+                values[name] = shard_like(value, params[i])
+    opt.load_state_dict(state)
+    for group, own in zip(opt.param_groups, settings):
+        group.update(own)
+
+# -----------------------------------------------------------------------------
 # optimizers: a learning rate for each part, Muon; MFU
 
 def configure_optimizers(model, config):
@@ -273,7 +362,8 @@ def configure_optimizers(model, config):
             p.requires_grad_(lr > 0 and (part != 'gpt' or not model.config.lora_rank or '.lora_' in name))
             if not p.requires_grad:
                 continue
-            p.data = p.data.float()
+            if p.dtype != torch.float32:
+                p.data = p.data.float()
             if config.optimizer == 'muon' and '.h.' in name and p.dim() == 2 and '.lora_' not in name:
                 hidden.append(p)
             elif p.dim() >= 2:
@@ -299,7 +389,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon): SGD with Nesterov momentum whose update, a matrix, is
     replaced by roughly the nearest orthogonal matrix, so that all of its directions count alike; with
     decoupled weight decay. Steps as torch.optim.Muon does, but orthogonalizes all matrices of one shape in
-    one call: there are many small ones.
+    one call: there are many small ones. Of sharded matrices each process orthogonalizes the whole, and keeps its part.
     """
 
     def __init__(self, groups, momentum=0.95):
@@ -318,10 +408,11 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]['momentum_buffer'] = torch.zeros_like(p)
                 momentum = self.state[p]['momentum_buffer'].lerp_(p.grad, 1 - group['momentum'])
-                updates.append(p.grad.lerp(momentum, group['momentum']))  # Nesterov: one step ahead
+                update = p.grad.lerp(momentum, group['momentum'])  # Nesterov: one step ahead
+                updates.append(update.full_tensor() if isinstance(update, DTensor) else update)
             for (p, group), update in zip(pairs, orthogonalize(torch.stack(updates))):
                 p.mul_(1 - group['lr'] * group['weight_decay'])
-                p.add_(update, alpha=-group['lr'] * max(1, rows / cols) ** 0.5)
+                p.add_(shard_like(update, p), alpha=-group['lr'] * max(1, rows / cols) ** 0.5)
 
 def orthogonalize(x, steps=5):
     """Matrices (N, rows, cols) with singular value decompositions U S V^T -> U S' V^T, S' between 0.7 and 1.2:
@@ -411,7 +502,7 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
     in the loss, on all ranks: a mean of means would weigh short answers more. Returns (loss in nats, number
     of tokens, whether any rank wants to stop).
     """
-    raw_model = model.module if dist_env.ddp else model
+    raw_model = model.module if isinstance(model, DDP) else model
     weight = sum(raw_model.loss_weight(batch) for batch in batches)
     tokens = sum(int(batch['lengths'].sum()) for batch in batches)
     totals = torch.tensor([weight, tokens, stop])
@@ -424,12 +515,12 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
                          f'answers are empty or cut off by block_size ({config.block_size})')
     summed = 0
     for i, batch in enumerate(batches):
-        if dist_env.ddp:  # gradients are exchanged once a step, with the last micro-batch
+        if isinstance(model, DDP):  # gradients are exchanged once a step, with the last micro-batch
             model.require_backward_grad_sync = i == len(batches) - 1
         with autocast:
             loss = sum(model(to_device(batch, dist_env.device)).values())
         summed += loss.detach()
-        # DDP averages over ranks: times their number is the sum
+        # DDP and FSDP average over ranks: times their number is the sum
         scaler.scale(loss * (dist_env.world_size / weight)).backward()
     if dist_env.ddp:
         dist.all_reduce(summed)
@@ -586,6 +677,10 @@ def main():
     rows = open_rows(config.dataset, 'train')  # first of all: a missing dataset shows at once
     is_chat = 'messages' in rows[0] or not rows[0].get('images') and 'ocr' in parse_tasks(config.tasks)
     raw_model, enc, checkpoint = init_model(config)
+    if config.checkpoint_activations:
+        recompute_activations(raw_model)
+    if config.parallel == 'fsdp':
+        shard(raw_model, config, dist_env)
     raw_model.to(dist_env.device)
     if config.packing and config.objective != 'lm':
         raise ValueError(f'packing is for a GPT: objective {config.objective} compares images and captions one by one')
@@ -599,10 +694,11 @@ def main():
                          'the rates would rise: lower --min_lr')
     dtype = getattr(torch, dist_env.dtype)
     for p in raw_model.param_groups()['gpt'].values():
-        if not p.requires_grad:  # frozen weights are kept in the dtype of the computation
+        if not p.requires_grad and config.parallel == 'ddp':  # frozen weights are kept in the dtype of the computation
             p.data = p.data.to(dtype)
     cache = None
-    if config.feature_cache and not config.augment:
+    # with FSDP an encoder runs on all processes or on none, and a batch without images runs it
+    if config.feature_cache and not config.augment and config.parallel == 'ddp':
         cache = FeatureCache.find(dataset_folder(config.dataset), raw_model.config, published_fingerprint(raw_model))
     if cache:
         note(f'using cached features from {cache.folder}')
@@ -615,10 +711,7 @@ def main():
         iter_num, best_val_loss = checkpoint['iter_num'], checkpoint['best_val_loss']
         scaler.load_state_dict(checkpoint['scaler'])
         for opt, state in zip(optimizers, checkpoint['optimizer']):
-            settings = [dict(group) for group in opt.param_groups]
-            opt.load_state_dict(state)
-            for group, own in zip(opt.param_groups, settings):
-                group.update(own)  # rates, betas and weight decay of the command line count, as everywhere
+            load_optimizer(opt, state)
     first_iter = iter_num
     packing = packing_state(checkpoint, config, dist_env)
     checkpoint = None  # free its memory
@@ -627,7 +720,7 @@ def main():
     loader = open_loader(rows, config, enc, raw_model.config, dist_env, iter_num, packing, cache)
     log = Log(config, iter_num) if dist_env.rank == 0 else None
     model = torch.compile(raw_model) if config.compile else raw_model
-    if dist_env.ddp:
+    if dist_env.ddp and config.parallel == 'ddp':
         model = DDP(model, device_ids=[dist_env.device] if dist_env.device_type == 'cuda' else None)
     signals = []  # Ctrl-C and SIGTERM wait here until the step is done
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -636,9 +729,12 @@ def main():
 
     def save(name):
         states = all_gather(packing, dist_env) if config.packing else []
-        if dist_env.rank == 0:
+        is_first = dist_env.rank == 0
+        model_state = gather(checkpoint_state(raw_model), keep=is_first)
+        optimizer_states = gather([opt.state_dict() for opt in optimizers], keep=is_first)
+        if is_first:
             save_checkpoint(os.path.join(config.out_dir, name), {
-                'model': checkpoint_state(raw_model), 'optimizer': [opt.state_dict() for opt in optimizers],
+                'model': model_state, 'optimizer': optimizer_states,
                 'model_args': vars(raw_model.config), 'iter_num': iter_num, 'best_val_loss': best_val_loss,
                 'config': vars(config), 'scaler': scaler.state_dict(), 'base_model': raw_model.base_model,
                 'vision_fingerprint': published_fingerprint(raw_model), 'chat': is_chat,
@@ -661,7 +757,8 @@ def main():
                 t_eval = time.time()
                 if iter_num > first_iter and (config.always_save_checkpoint or is_last):
                     save('ckpt.pt')
-                result, sheet, _ = evaluation.run(raw_model, autocast)
+                with whole_weights(raw_model):
+                    result, sheet, _ = evaluation.run(raw_model, autocast)
                 if log:
                     log.write({'iter': iter_num, 'eval': result, 'elapsed_s': round(time.time() - started, 1)})
                     tqdm.write(f'step {iter_num}: ' + ', '.join(f'{k} {v:.4g}' for k, v in result.items()), file=sys.stderr)
