@@ -33,6 +33,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vision import (Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint,
                     group_parameters)
@@ -250,6 +251,8 @@ class Block(nn.Module):
 # -----------------------------------------------------------------------------
 # the GPT
 
+MAX_LOGITS = 2**28  # at once; 1 GiB in float32
+
 class Transformer(Freezable, nn.ModuleDict):
     """The layers of a GPT. While they are frozen they stay in eval mode: they cannot adapt to dropout."""
 
@@ -373,7 +376,16 @@ class GPT(nn.Module):
         """
         places = batch['places']  # the head is large, and only few places may have a target
         x = self.hidden(batch['idx'], batch['images'], batch.get('docs')).flatten(0, 1)[places]  # (n, C)
-        return {'lm': F.cross_entropy(self.lm_head(x), batch['targets'].flatten()[places], reduction='sum')}
+        targets = batch['targets'].flatten()[places]                            # (n)
+        # gigabytes of logits do not stay in memory: some at a time, and again in the backward pass
+        n_chunks = math.ceil(batch['idx'].numel() * self.config.vocab_size / MAX_LOGITS)
+        if n_chunks <= 1:
+            return {'lm': self.head_loss(x, targets)}
+        return {'lm': sum(checkpoint(self.head_loss, x[i::n_chunks], targets[i::n_chunks], use_reentrant=False)
+                          for i in range(n_chunks))}
+
+    def head_loss(self, x, targets):
+        return F.cross_entropy(self.lm_head(x), targets, reduction='sum')
 
     def loss_weight(self, batch):
         """What the losses of a batch are summed over: its targets."""

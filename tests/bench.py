@@ -6,6 +6,7 @@ Speed and memory on this machine: not a test, a measurement. Medians of several 
     $ python tests/bench.py vlm                  # GPT-2 with CLIP, SmolLM2 with SigLIP: a step's time and memory by batch
     $ python tests/bench.py compile              # the quickstart's steps, eager and compiled; the knobs of train.py change it
     $ python tests/bench.py pack                 # useful tokens a second of documents like LLaVA's, padded and packed
+    $ python tests/bench.py fsdp                 # what each of two processes keeps of a GPT-2, with DDP and with FSDP
     $ python tests/bench.py rows 10000000        # a .jsonl of so many rows: time to open it, memory, rows in random order
 
 Encoders have random weights here: they cost what trained ones cost.
@@ -285,6 +286,46 @@ def vlm_row(text_model, name, lora_rank, rows):
     print(f'{label:<32}{batch["idx"].shape[1] - 256:>14}{rows:>6}{seconds:>10.1f}{memory:>13.1f}', flush=True)
 
 
+def fsdp():
+    """GPT-2 of 124M parameters under AdamW, by two processes: DDP, FSDP, and FSDP with activations computed again."""
+    print(f'{"GB of each process":<36}{"weights":>9}{"gradients":>11}{"optimizer":>11}{"resident":>10}{"s a step":>10}')
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', __file__, 'fsdp_row']
+    for words in (['--parallel=ddp'], ['--parallel=fsdp'], ['--parallel=fsdp', '--checkpoint_activations=True']):
+        subprocess.run([*torchrun, *words], check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def fsdp_row(*words):
+    """The sizes after two steps on 2 x 256 random tokens, printed by the first process."""
+    config = train_config('--dtype=float32', '--gradient_accumulation_steps=2', *words)
+    dist_env = train.setup_distributed(config)
+    model = GPT(GPTConfig())
+    if config.checkpoint_activations:
+        train.recompute_activations(model)
+    if config.parallel == 'fsdp':
+        train.shard(model, config, dist_env)
+    model.to(dist_env.device)
+    optimizers = train.configure_optimizers(model, config)
+    parallel = train.DDP(model) if config.parallel == 'ddp' else model
+    idx = torch.randint(0, 50257, (2, 256))
+    batch = to_device({'idx': idx, 'targets': idx, 'places': prepare_data.target_places(idx), 'images': None},
+                      dist_env.device)
+    for _ in range(2):
+        start = time.perf_counter()
+        parallel(batch)['lm'].backward()
+        for opt in optimizers:
+            opt.step()
+    seconds = time.perf_counter() - start
+    gb = lambda tensors: sum(getattr(t, '_local_tensor', t).nbytes for t in tensors) / 1e9
+    states = [value for opt in optimizers for state in opt.state.values() for value in state.values()]
+    with open('/proc/self/status') as f:
+        resident = next(int(line.split()[1]) for line in f if line.startswith('VmRSS')) / 1e6
+    if dist_env.rank == 0:
+        sizes = [gb(model.parameters()), gb(p.grad for p in model.parameters()), gb(states)]
+        print(f'{" ".join(words):<36}{sizes[0]:>9.2f}{sizes[1]:>11.2f}{sizes[2]:>11.2f}{resident:>10.2f}{seconds:>10.1f}',
+              flush=True)
+    torch.distributed.barrier()
+
+
 def rows(count):
     """A generated .jsonl of conversations with an image each; memory is the anonymous memory of this process."""
     def memory():
@@ -313,7 +354,8 @@ def rows(count):
 
 
 if __name__ == '__main__':
-    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed, 'compile': compiled}
+    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed, 'compile': compiled,
+             'fsdp': fsdp, 'fsdp_row': fsdp_row}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:

@@ -500,3 +500,27 @@ def test_checkpoint_with_unknown_model_args_raises(tmp_path):
     torch.save({'model': {}, 'model_args': {**vars(tiny_config()), 'tied': True}}, path)
     with pytest.raises(ValueError, match='model_args has tied, which this GPT does not know'):
         read_weights(path)
+
+
+def test_logits_in_chunks_give_the_same_loss_and_gradients(monkeypatch):
+    model = make_model(vision_encoder='')
+    idx = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
+    targets = torch.where(idx % 3 == 0, -1, idx)
+    sizes = []
+
+    def gradients():
+        model.zero_grad()
+        hook = model.lm_head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+        loss = model(batch_of_ids(idx, targets))['lm']
+        loss.backward()
+        hook.remove()
+        return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+    loss, grads = gradients()
+    assert sizes == [int((targets >= 0).sum())]
+    monkeypatch.setattr('model.MAX_LOGITS', 20 * model.config.vocab_size)
+    chunked_loss, chunked_grads = gradients()
+    assert len(sizes) == 1 + 2 * 3 and max(sizes[1:]) <= 20  # computed twice
+    assert chunked_loss == pytest.approx(loss, rel=1e-6)
+    for g, chunked in zip(grads, chunked_grads):
+        torch.testing.assert_close(chunked, g, atol=1e-5, rtol=1e-4)

@@ -249,8 +249,10 @@ def compiled_and_eager(model, batches):
     return counter.frame_count
 
 
-def test_packed_rows_with_static_images_compile_to_at_most_two_graphs():
+@pytest.mark.parametrize('max_logits', [2**28, 20_000], ids=['at once', 'in chunks'])
+def test_packed_rows_with_static_images_compile_to_at_most_two_graphs(monkeypatch, max_logits):
     """The second has a symbolic number of targets."""
+    monkeypatch.setattr('model.MAX_LOGITS', max_logits)
     model = make_model(block_size=96)
     rng = random.Random(0)
     documents = [document(rng, n % 3, model.config) for n in range(900)]
