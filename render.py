@@ -225,10 +225,15 @@ def render_text(text, rng, config):
     options = augmentation(rng, config.distort)
     if not text.strip():
         return '', None
+    width, height = config.image_width, config.image_height
+    if config.max_aspect > 1:
+        stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(config.max_aspect))
+        width = round(width * stretch)
+        height = round(height / stretch)
     while True:
         try:
-            return text, draw(text, config.image_width, config.image_height, font, trim=config.one_line,
-                              min_size=config.font_min, max_size=config.font_max, **options)
+            return text, draw(text, width, height, font, trim=config.one_line, min_size=config.font_min,
+                              max_size=config.font_max, **options)
         except DoesNotFit:
             if len(text) < 2:
                 raise

@@ -80,6 +80,7 @@ num_workers = 1                # processes that draw and tokenize ahead; 0 does 
 # images of text
 image_width = 256              # pixels of the box that the text is drawn into
 image_height = 16
+max_aspect = 1.0               # the box keeps its area and becomes up to so many times as wide or as high, at random
 one_line = True                # white space becomes one space, the image is as wide as its line; False: a page
 min_chars = 16                 # task ocr: characters in an image
 max_chars = 32
