@@ -766,8 +766,9 @@ def store_features(
 
 def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
     """Writes convert(row) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in threads,
-    raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl. Called again with the same source,
-    max_examples, val_every and work, it continues where it was. Raises ValueError if a side is empty.
+    raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl, as are "failed_images" that convert has
+    left out of an example, [(url, reason)]. Called again with the same source, max_examples, val_every and work, it continues
+    where it was. Raises ValueError if a side is empty.
     """
     folder = Path('data', name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -785,16 +786,19 @@ def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
             for chunk in tqdm(iter(lambda: list(itertools.islice(rows, 1000)), []), unit='k rows'):
                 for lines in pool.map(to_lines, chunk):
                     f.write(json.dumps(lines).encode() + b'\n')
-        counts = Counter()
+        counts, failed_images = Counter(), Counter()
         sides = ('train', 'val', 'skipped')
         for side in sides:
             with open(progress, encoding='utf-8') as f, open(folder / f'{side}.jsonl.part', 'w', encoding='utf-8') as part:
                 for row_side, row in itertools.chain.from_iterable(map(json.loads, f)):
                     if row_side == side:
                         print(json.dumps(row, ensure_ascii=False), file=part)
-                        counts[row.get('reason', side)] += 1
+                        counter = failed_images if 'failed_image' in row else counts
+                        counter[row.get('reason', side)] += 1
         for reason in sorted(set(counts) - set(sides)):
             print(f'skipped: {counts[reason]} rows, {reason}', file=sys.stderr)
+        for reason in sorted(failed_images):
+            print(f'left out: {failed_images[reason]} images, {reason}', file=sys.stderr)
         if not counts['train'] or not counts['val']:
             raise ValueError(f'of {counts.total()} rows in {source}, {counts["train"]} are left to train on and '
                              f'{counts["val"]} to hold out: {folder}/skipped.jsonl.part lists why, or --val_every is too large')
@@ -812,15 +816,17 @@ def convert_row(numbered_row, convert, val_every):
     number, row = numbered_row
     try:
         example = convert(row)
-        images = filter(os.path.isabs, example.get('images', ()))  # images that convert has just drawn are relative
+        images = filter(os.path.isabs, example.get('images', ()))  # the others are convert's own
         reason = next(filter(None, map(image_error, images)), '')
         if reason:
             raise ValueError(reason)
     except ValueError as error:
         return [('skipped', {'row': number, 'id': row.get('id'), 'image': row.get('image'), 'reason': str(error)})]
     split = row.get('split') or ('val' if is_held_out(holdout_key(row), val_every) else 'train')
+    failed = [('skipped', {'row': number, 'failed_image': url, 'reason': reason})
+              for url, reason in example.pop('failed_images', [])]
     captions = example.pop('references', []) if split == 'train' else []
-    return [(split, {**example, 'text': IMAGE + caption}) for caption in captions] or [(split, example)]
+    return [(split, {**example, 'text': IMAGE + caption}) for caption in captions] or [(split, example), *failed]
 
 def download(repository, file):
     """The local path of a file of a dataset on the hub, which is downloaded once."""
@@ -1042,6 +1048,59 @@ def sample_rows(root):
         if image:
             yield {'image': f'{Path(root).name}/{image}', 'captions': captions, 'path': os.path.abspath(f'{root}/{image}')}
 
+def prepare_obelics(
+    source='',           # a .parquet or .jsonl file as on the hub, or a folder of them; '' streams HuggingFaceM4/OBELICS
+    image_dir='',        # a folder or archive of images fetched before; '' fetches them to data/NAME/images
+    name='obelics',      # the dataset is written to data/NAME
+    max_examples=10000,  # stop after as many documents; 0: all
+    val_every=100,       # one document of so many is held out
+):
+    """Writes OBELICS, documents of the web with images between their texts, to data/NAME/{train,val}.jsonl.
+
+    An image that cannot be had is left out of its document, counted, and listed in skipped.jsonl. The files of --image_dir
+    are named as those of data/NAME/images: 16 hex digits of the URL's SHA-256, and the URL's own ending. Train with
+    --packing, which leaves out documents that are too long, and --tasks=text, for those without any image left.
+    """
+    hub = 'HuggingFaceM4/OBELICS'
+    files = list_files(source, ('.parquet', '.jsonl')) if source else []
+    if source and not files:
+        raise ValueError(f'{source} does not exist, or has no .parquet or .jsonl file with rows as those of {hub}')
+    if source:
+        tables = (json_rows(str(path)) if path.suffix == '.jsonl' else open_table(path) for path in files)
+        rows = itertools.chain.from_iterable(tables)
+    else:
+        import datasets
+        with explain_errors(f'{hub} cannot be opened', 'connect, or use --source=FILE_OR_FOLDER'):
+            rows = datasets.load_dataset(hub, split='train', streaming=True)
+    # held out by its text, because its images may be in many documents
+    rows = ({'text': str(row.get('texts')), 'document': row} for row in rows)
+    images = image_dir and find_images(image_dir)
+    convert = functools.partial(obelics_example, folder=Path('data', name), image_dir=images, failures={})
+    write_dataset(name, rows, convert, source or hub, max_examples, val_every, images)
+
+def obelics_example(row, folder, image_dir, failures):
+    """A row {'document': a row of OBELICS} -> example. Raises ValueError with the reason why it is skipped."""
+    urls, texts = (row['document'].get(key) for key in ('images', 'texts'))
+    if not isinstance(urls, list) or not isinstance(texts, list) or len(urls) != len(texts):
+        raise ValueError('images and texts are not two lists of one length')
+    if any({type(url), type(text)} != {str, type(None)} for url, text in zip(urls, texts)):
+        raise ValueError('a place has both an image and a text, or neither')
+    # a web page that says <image> has no image there
+    parts = [text and text.replace(IMAGE, ' ').strip() for text in texts]
+    if not any(parts):
+        raise ValueError('it has no text')
+    images, failed_images = [], []
+    for i, url in enumerate(urls):
+        if url is not None:
+            path = os.path.join(image_dir or 'images', vision.web_name(url))
+            problem = image_error(path) if image_dir else vision.fetch_image(url, folder / path, failures)
+            if problem:
+                failed_images.append((url, problem))
+            else:
+                images.append(path)
+                parts[i] = IMAGE
+    return {'text': '\n\n'.join(filter(None, parts)), 'images': images, 'failed_images': failed_images}
+
 # -----------------------------------------------------------------------------
 
 def show_example(
@@ -1093,7 +1152,7 @@ def show_example(
 COMMANDS = {
     'text': prepare_text, 'shapes': prepare_shapes, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,
     **{command: functools.partial(prepare_llava, command, **defaults) for command, defaults in LLAVA.items()},
-    'features': store_features, 'show': show_example,
+    'obelics': prepare_obelics, 'features': store_features, 'show': show_example,
 }
 
 if __name__ == '__main__':
