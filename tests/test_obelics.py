@@ -213,7 +213,9 @@ def test_a_dead_host_is_asked_a_few_times_only(tmp_path, monkeypatch):
     dead = socket.create_server(('127.0.0.1', 0), backlog=100)  # takes a connection and says nothing
     host = f'127.0.0.1:{dead.getsockname()[1]}'
     write_parquet('x.parquet', [document(f'Number {i}.', f'http://{host}/{i}.jpg') for i in range(200)])
+    start = time.monotonic()
     prepare_obelics('x.parquet', val_every=4)
+    assert time.monotonic() - start < 20
     dead.close()
     assert failed()['timed out'] + failed()['its host does not answer'] == 200
     assert 3 <= failed()['timed out'] <= 24  # of eight threads
