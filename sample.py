@@ -500,7 +500,7 @@ def load():
         overrides['lora_rank'] = 0  # merges the updates: the same answers, faster
     model = build_model(state, source, **overrides)
     config = SimpleNamespace(**DEFAULTS | state['config'])
-    enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt)
+    enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt, model.config.image_marks)
     config.chat = state.get('chat', enc.has_chat_template)
     n_ids = max(enc.n_text, 1 + max(enc.end_ids))
     if n_ids > model.config.vocab_size:

@@ -75,6 +75,7 @@ class VisionConfig:
     vocab_size: int = derived(50304)  # GPT-2's 50257, padded up to a multiple of 64 for efficiency
     n_embd: int = 768
     image_token: int = derived(-1)  # id of <image>
+    image_marks: bool = False  # a begin- and an end-of-image token around each image
     # vision
     vision_encoder: str = ''  # '' for a text-only GPT, vit (from scratch), or a pretrained encoder, like
     #                           ViT-L-14-quickgelu/openai or timm/vit_small_patch14_dinov2.lvd142m
