@@ -47,6 +47,7 @@ from render import IMAGE, TASKS, parse_tasks
 from vision import augment_image, hash64, image_error, load_image, map_index, map_members, read_bytes
 
 USER, ASSISTANT, END = '<|user|>', '<|assistant|>', '<|endoftext|>'
+IMAGE_MARKS = ('<|vision_start|>', '<|vision_end|>')  # Qwen's names: its tokenizers keep their ids
 
 @contextlib.contextmanager
 def explain_errors(problem, advice):
@@ -321,6 +322,7 @@ class Tokenizer:
     template: str = ''    # the chat template
     files: tuple = ()     # the paths of a published tokenizer, which an export copies
     characters: str = ''  # the only characters with an id; '': all have one
+    image_marks: tuple = ()  # the special tokens before and after an image
 
     def __post_init__(self):
         self.image_id = self.special[IMAGE]
@@ -394,10 +396,11 @@ class Tokenizer:
         return self.backend.decode(ids)
 
     def allowed_ids(self, vocab_size):
-        """bool (vocab_size,): the ids that may be generated: all that decode() knows but <image>, <|user|>, <|assistant|>."""
+        """bool (vocab_size,): the ids that may be generated: all but <image>, its marks, <|user|> and <|assistant|>."""
+        prompt_only = (IMAGE, *self.image_marks, USER, ASSISTANT)
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
         allowed[self.text_ids] = True
-        allowed[[i for token, i in self.special.items() if token not in (IMAGE, USER, ASSISTANT)]] = True
+        allowed[[i for token, i in self.special.items() if token not in prompt_only]] = True
         return allowed
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -411,8 +414,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids):
         return self.backend.decode(ids, skip_special_tokens=False)
 
-def get_tokenizer(name, system_prompt='auto'):
-    """A Tokenizer by name. ValueError for another name, and for files that are missing or damaged."""
+def get_tokenizer(name, system_prompt='auto', image_marks=False):
+    """A Tokenizer by name, with image_marks also of IMAGE_MARKS. ValueError for an unknown name or damaged files."""
+    marks = IMAGE_MARKS if image_marks else ()
     pattern = r'(?s:.)'
     special, characters = {}, ''
     if name.endswith(('.pkl', '.txt', '.json')) and not os.path.isfile(name):
@@ -430,16 +434,17 @@ def get_tokenizer(name, system_prompt='auto'):
         ranks = read_words(name)
         pattern = r' ?[^\W\d_]+|(?s:.)'
     elif name.endswith('.json') or os.path.isdir(name) or name.count('/') == 1:  # OWNER/NAME on the hub
-        return read_hugging_face(name, system_prompt)
+        return read_hugging_face(name, system_prompt, marks)
     else:
         raise ValueError('tokenizer must be bytes, gpt2, the path of a meta.pkl, words.txt or tokenizer.json, or '
                          f'OWNER/NAME on the hub, got {name!r}')
-    for token in (IMAGE, USER, ASSISTANT, END):
+    for token in (IMAGE, USER, ASSISTANT, END, *marks):
         special.setdefault(token, len(ranks) + len(special))
     with_mark = {**special, MARK: len(ranks) + len(special)}
     backend = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=with_mark)
     text_ids = list(ranks.values())
-    return Tokenizer(name, backend, special, text_ids, system_prompt, {'eos_token': END}, characters=characters)
+    names = {'eos_token': END}
+    return Tokenizer(name, backend, special, text_ids, system_prompt, names, characters=characters, image_marks=marks)
 
 def read_meta(path):
     """{character as UTF-8: id} of a nanoGPT meta.pkl. A pickle can run code: this one may hold values only."""
@@ -461,7 +466,7 @@ def read_words(path):
     tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
-def read_hugging_face(name, system_prompt):
+def read_hugging_face(name, system_prompt, marks):
     """The HuggingFaceTokenizer of a tokenizer.json, of a folder with it or of OWNER/NAME on the hub."""
     folder = Path(name)
     file_names = ['tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']
@@ -497,12 +502,12 @@ def read_hugging_face(name, system_prompt):
     special.append(IMAGE)
     if not template and '<|im_start|>' not in special:
         special += [USER, ASSISTANT]
-    special.append(names['eos_token'])
+    special += [names['eos_token'], *marks]  # new ids come last
     backend.add_special_tokens(special)
     special = {token: backend.token_to_id(token) for token in special}
     text_ids = list({*backend.get_vocab().values()} - {*special.values()})
     backend.add_tokens([tokenizers.AddedToken(MARK, normalized=False)])
-    return HuggingFaceTokenizer(name, backend, special, text_ids, system_prompt, names, template, files)
+    return HuggingFaceTokenizer(name, backend, special, text_ids, system_prompt, names, template, files, image_marks=marks)
 
 # -----------------------------------------------------------------------------
 # example -> ids, targets, images
@@ -601,8 +606,8 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     An example -> {'idx': [int], 'targets': [int], 'images': [(patches, grid)]}, or (features, grid) of a FeatureCache.
 
     targets[t] is the token after idx[t], or -1 where it is not in the loss: 'assistant' has the answers and their end in the
-    loss, 'all' every text token. Image tokens never are targets, but the last of them predicts the text after it. Text beyond
-    block_size positions is cut; an image, which takes one, is not. ValueError if something does not fit.
+    loss, 'all' every text token. Image tokens and their marks are no targets; the last one predicts the text after it. Text
+    beyond block_size positions is cut; an image, which takes one, is not. ValueError if something does not fit.
     """
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
@@ -610,12 +615,15 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     images = [cache[source] if cache and isinstance(source, str) else vision.preprocess(load_image(source), config)
               for source in sources]
     pieces = segments(example, tokenizer, loss_on, prompt_only)
+    if config.image_marks:  # not in the loss
+        begin, end = ((mark, True, False) for mark in tokenizer.image_marks)
+        pieces = [part for piece in pieces for part in ([begin, piece, end] if piece[:2] == (IMAGE, True) else [piece])]
     ids, in_loss = tokenizer.encode_segments(pieces, example.get('char_level'))
     positions = [position for position, token in enumerate(ids) if token == tokenizer.image_id]
     if len(positions) != len(images):
         raise ValueError(f'the example has {len(images)} images, but its text has {len(positions)} <image>: write '
                          'one for each')
-    needed = len(ids) if prompt_only else 1 + max(positions, default=-1)
+    needed = len(ids) if prompt_only else 1 + max(positions, default=-1) + config.image_marks
     if needed > config.block_size:
         subject = 'the prompt takes' if prompt_only else 'text and images up to the last image take'
         raise TooLong(f'{subject} {needed} positions, but block_size is {config.block_size}: enlarge it')
@@ -766,8 +774,8 @@ def store_features(
 
 def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
     """Writes convert(row) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in threads,
-    raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl. Called again with the same source,
-    max_examples, val_every and work, it continues where it was. Raises ValueError if a side is empty.
+    raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl, and so are the "failed_images" of an
+    example, [(url, reason)]. Called again with the same arguments, it continues. Raises ValueError if a side is empty.
     """
     folder = Path('data', name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -785,16 +793,19 @@ def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
             for chunk in tqdm(iter(lambda: list(itertools.islice(rows, 1000)), []), unit='k rows'):
                 for lines in pool.map(to_lines, chunk):
                     f.write(json.dumps(lines).encode() + b'\n')
-        counts = Counter()
+        counts, failed_images = Counter(), Counter()
         sides = ('train', 'val', 'skipped')
         for side in sides:
             with open(progress, encoding='utf-8') as f, open(folder / f'{side}.jsonl.part', 'w', encoding='utf-8') as part:
                 for row_side, row in itertools.chain.from_iterable(map(json.loads, f)):
                     if row_side == side:
                         print(json.dumps(row, ensure_ascii=False), file=part)
-                        counts[row.get('reason', side)] += 1
+                        counter = failed_images if 'failed_image' in row else counts
+                        counter[row.get('reason', side)] += 1
         for reason in sorted(set(counts) - set(sides)):
             print(f'skipped: {counts[reason]} rows, {reason}', file=sys.stderr)
+        for reason in sorted(failed_images):
+            print(f'left out: {failed_images[reason]} images, {reason}', file=sys.stderr)
         if not counts['train'] or not counts['val']:
             raise ValueError(f'of {counts.total()} rows in {source}, {counts["train"]} are left to train on and '
                              f'{counts["val"]} to hold out: {folder}/skipped.jsonl.part lists why, or --val_every is too large')
@@ -812,15 +823,17 @@ def convert_row(numbered_row, convert, val_every):
     number, row = numbered_row
     try:
         example = convert(row)
-        images = filter(os.path.isabs, example.get('images', ()))  # images that convert has just drawn are relative
+        images = filter(os.path.isabs, example.get('images', ()))  # the others are convert's own
         reason = next(filter(None, map(image_error, images)), '')
         if reason:
             raise ValueError(reason)
     except ValueError as error:
         return [('skipped', {'row': number, 'id': row.get('id'), 'image': row.get('image'), 'reason': str(error)})]
     split = row.get('split') or ('val' if is_held_out(holdout_key(row), val_every) else 'train')
+    failed = [('skipped', {'row': number, 'failed_image': url, 'reason': reason})
+              for url, reason in example.pop('failed_images', [])]
     captions = example.pop('references', []) if split == 'train' else []
-    return [(split, {**example, 'text': IMAGE + caption}) for caption in captions] or [(split, example)]
+    return [(split, {**example, 'text': IMAGE + caption}) for caption in captions] or [(split, example), *failed]
 
 def download(repository, file):
     """The local path of a file of a dataset on the hub, which is downloaded once."""
@@ -1042,6 +1055,56 @@ def sample_rows(root):
         if image:
             yield {'image': f'{Path(root).name}/{image}', 'captions': captions, 'path': os.path.abspath(f'{root}/{image}')}
 
+def prepare_obelics(
+    source='',           # a .parquet or .jsonl file as on the hub, or a folder of them; '' streams HuggingFaceM4/OBELICS
+    image_dir='',        # a folder or archive of images fetched before; '' fetches them to data/NAME/images
+    name='obelics',      # the dataset is written to data/NAME
+    max_examples=10000,  # stop after as many documents; 0: all
+    val_every=100,       # one document of so many is held out
+):
+    """Writes OBELICS, documents of the web with images between their texts, to data/NAME/{train,val}.jsonl.
+
+    Images that cannot be had are left out of the text and listed in skipped.jsonl. --image_dir has files named as those
+    in data/NAME/images: 16 hex digits of the URL's SHA-256, and the URL's own ending. Train with --packing, which leaves
+    out documents that are too long, and --tasks=text, for those without any image left.
+    """
+    hub = 'HuggingFaceM4/OBELICS'
+    if source:
+        files = list_files(source, ('.parquet', '.jsonl'))
+        if not files:
+            raise ValueError(f'{source} does not exist, or has no .parquet or .jsonl file: expected rows as in {hub}')
+        rows = (row for path in files for row in (json_rows(str(path)) if path.suffix == '.jsonl' else open_table(path)))
+    else:
+        import datasets
+        with explain_errors(f'{hub} cannot be opened', 'connect, or use --source=FILE_OR_FOLDER'):
+            rows = datasets.load_dataset(hub, split='train', streaming=True)
+    rows = ({'text': str(row.get('texts')), 'document': row} for row in rows)  # its text decides whether it is held out
+    images = image_dir and find_images(image_dir)
+    convert = functools.partial(obelics_example, folder=Path('data', name), image_dir=images, failures={})
+    write_dataset(name, rows, convert, source or hub, max_examples, val_every, images)
+
+def obelics_example(row, folder, image_dir, failures):
+    """A row {'document': a row of OBELICS} -> example. Raises ValueError with the reason why it is skipped."""
+    urls, texts = (row['document'].get(key) for key in ('images', 'texts'))
+    if not isinstance(urls, list) or not isinstance(texts, list) or len(urls) != len(texts):
+        raise ValueError('images and texts are not two lists of one length')
+    if any({type(url), type(text)} != {str, type(None)} for url, text in zip(urls, texts)):
+        raise ValueError('a place has both an image and a text, or neither')
+    parts = [text and text.replace(IMAGE, ' ').strip() for text in texts]  # the web's <image> is not ours
+    if not any(parts):
+        raise ValueError('it has no text')
+    images, failed_images = [], []
+    for i, url in enumerate(urls):
+        if url is not None:
+            path = os.path.join(image_dir or 'images', vision.web_name(url))
+            problem = image_error(path) if image_dir else vision.fetch_image(url, folder / path, failures)
+            if problem:
+                failed_images.append((url, problem))
+            else:
+                images.append(path)
+                parts[i] = IMAGE
+    return {'text': '\n\n'.join(filter(None, parts)), 'images': images, 'failed_images': failed_images}
+
 # -----------------------------------------------------------------------------
 
 def show_example(
@@ -1058,7 +1121,7 @@ def show_example(
 
     With --packed, all examples of a packed row and the mask of its attention: who attends (rows) to whom (columns).
     """
-    enc = get_tokenizer(tokenizer)
+    enc = get_tokenizer(tokenizer, image_marks=config.image_marks)
     config = dataclasses.replace(config, vision_encoder=config.vision_encoder or 'vit', image_token=enc.image_id)
     config = vision.complete_config(config)
     rows = open_rows(dataset, split)
@@ -1093,7 +1156,7 @@ def show_example(
 COMMANDS = {
     'text': prepare_text, 'shapes': prepare_shapes, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,
     **{command: functools.partial(prepare_llava, command, **defaults) for command, defaults in LLAVA.items()},
-    'features': store_features, 'show': show_example,
+    'obelics': prepare_obelics, 'features': store_features, 'show': show_example,
 }
 
 if __name__ == '__main__':

@@ -39,7 +39,7 @@ from tqdm import tqdm
 import render
 from configurator import configure, run
 from model import build_model, read_weights, to_hugging_face
-from prepare_data import ASSISTANT, IMAGE, Examples, FileRows, collate, get_tokenizer, open_rows, tokenize
+from prepare_data import ASSISTANT, IMAGE, Examples, FileRows, TooLong, collate, get_tokenizer, open_rows, tokenize
 from vision import QFormerPretraining, image_error, load_image
 
 # -----------------------------------------------------------------------------
@@ -261,7 +261,13 @@ class Evaluation:
             self.pairs = image_caption_pairs(examples, config.eval_samples)
             self.loss_examples = self.pairs[0][:n_loss]
             return
+        self.n_left_out = 0
+        if config.packing:
+            examples = (e for e in examples if self.fits(e, model.config))
         examples = list(itertools.islice(examples, limit))
+        if self.n_left_out:
+            note(f'{self.n_left_out} held-out examples are left out: they need more than {model.config.block_size} '
+                 'positions')
         self.loss_examples = examples[:n_loss]
         # conversations, and images with a caption after the last one
         is_question = lambda e: 'messages' in e or e['images'] and 'infix' not in e and reference(e).strip()
@@ -274,6 +280,16 @@ class Evaluation:
             text_rows = open_rows(text_dataset, 'val') if text_dataset else held_out.rows
             texts = Examples(text_rows, config, seed=0, tasks='text', shuffle=False)
             self.texts = [texts[i] for i in range(n_loss)]
+
+    def fits(self, example, config):
+        """Whether block_size has room for the example; packing leaves out the others in training."""
+        try:
+            tokenize(example, self.enc, config, self.config.loss_on, cache=self.cache)
+            tokenize(question(example), self.enc, config, prompt_only=True, cache=self.cache)
+        except TooLong:
+            self.n_left_out += 1
+            return False
+        return True
 
     @torch.no_grad()
     def run(self, model, autocast):
@@ -460,7 +476,7 @@ def answer_caption(example, prediction):
 
 # what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
 DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12,
-                seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto')
+                seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto', packing=False)
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
 
 def newest_run():
@@ -484,7 +500,7 @@ def load():
         overrides['lora_rank'] = 0  # merges the updates: the same answers, faster
     model = build_model(state, source, **overrides)
     config = SimpleNamespace(**DEFAULTS | state['config'])
-    enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt)
+    enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt, model.config.image_marks)
     config.chat = state.get('chat', enc.has_chat_template)
     n_ids = max(enc.n_text, 1 + max(enc.end_ids))
     if n_ids > model.config.vocab_size:

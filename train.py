@@ -165,7 +165,7 @@ def init_model(config):
     """(model, tokenizer, checkpoint to resume from or None), as init_from says."""
     if config.init_from == 'scratch':
         config.tokenizer = config.tokenizer or 'bytes'
-        enc = get_tokenizer(config.tokenizer, config.system_prompt)
+        enc = get_tokenizer(config.tokenizer, config.system_prompt, config.image_marks)
         return init_from_scratch(config, enc), enc, None
     resumes = config.init_from == 'resume'
     source = os.path.join(config.out_dir, 'ckpt.pt') if resumes else config.init_from
@@ -174,7 +174,10 @@ def init_model(config):
     if not config.tokenizer:
         raise ValueError(f'{source} does not say which tokenizer it was trained with: name it, as '
                          '--tokenizer=gpt2, or --tokenizer=data/NAME/meta.pkl of a nanoGPT character dataset')
-    enc = get_tokenizer(config.tokenizer, config.system_prompt)
+    known = checkpoint['model_args']
+    adds_vision = not resumes and not known.get('vision_encoder') and (config.vision_encoder or config.vision_from)
+    marks = config.image_marks if adds_vision else known.get('image_marks', False)
+    enc = get_tokenizer(config.tokenizer, config.system_prompt, marks)
     if resumes:
         return resume_model(config, checkpoint, source), enc, checkpoint
     return init_from_checkpoint(config, enc, checkpoint), enc, None

@@ -2,6 +2,7 @@
 Images -> image tokens: everything between an image file and the embeddings that the GPT reads.
 
     VisionConfig        every knob of this file; model.py's GPTConfig extends it
+    fetch_image         an image of the web -> a file
     load_image          a file, or a member of a .zip or .tar -> a PIL image
     preprocess          a PIL image -> its patches as bytes, and the row and column of each
     collate             the images of a batch, padded to one length
@@ -31,6 +32,7 @@ import bisect
 import difflib
 import functools
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -41,6 +43,11 @@ import struct
 import sys
 import tarfile
 import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +76,7 @@ class VisionConfig:
     vocab_size: int = derived(50304)  # GPT-2's 50257, padded up to a multiple of 64 for efficiency
     n_embd: int = 768
     image_token: int = derived(-1)  # id of <image>
+    image_marks: bool = False  # a begin- and an end-of-image token around each image
     # vision
     vision_encoder: str = ''  # '' for a text-only GPT, vit (from scratch), or a pretrained encoder, like
     #                           ViT-L-14-quickgelu/openai or timm/vit_small_patch14_dinov2.lvd142m
@@ -144,6 +152,60 @@ def image_error(path):
         is_missing = isinstance(error.__cause__, FileNotFoundError)
         return 'the image is missing' if is_missing else 'the image is broken'
     return ''
+
+MAX_BYTES = 20_000_000  # of an image of the web
+TIMEOUT = 10  # seconds, for all of it
+PAUSE = 600   # seconds without a request to a host that does not answer
+
+def web_name(url):
+    """The name of an image of the web as a file: 16 hex digits of its URL's SHA-256, and the URL's own ending."""
+    ending = re.search(r'\.[A-Za-z]{3,4}(?=[?#]|$)', url)
+    return f'{hash64(url):016x}{ending[0] if ending else ""}'
+
+def fetch_image(url, path, failures):
+    """Downloads an image to a path, unless it is there. Returns '', or the reason why there is none that training
+    can load. A host that has failed three times in succession gets no request for a while: failures, which
+    threads may share, is {host: (how often, when last)}.
+    """
+    if os.path.exists(path):
+        return image_error(path)
+    match = re.match('https?://([^/?#]+)', url, re.IGNORECASE)
+    if not match:  # urllib would also open a file:// of this machine
+        return 'no http address'
+    host = match[1]
+    n_failures, last = failures.get(host, (0, 0))
+    if n_failures >= 3 and time.monotonic() < last + PAUSE:
+        return 'its host does not answer'
+    headers = {'User-Agent': 'Mozilla/5.0 (compatible; glimpse)'}
+    data = bytearray()
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        escaped = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # spaces, umlauts
+        request = urllib.request.Request(escaped, headers=headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            while chunk := response.read1(1 << 16):
+                data += chunk
+                if len(data) > MAX_BYTES:
+                    return f'larger than {MAX_BYTES / 1e6:g} MB'
+                if time.monotonic() > deadline:  # the timeout above is that of a single read
+                    raise TimeoutError
+    except urllib.error.HTTPError as error:
+        failures.pop(host, None)
+        return f'HTTP status {error.code}'
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        failures[host] = n_failures + 1, time.monotonic()
+        timed_out = isinstance(getattr(error, 'reason', error), TimeoutError)
+        return 'timed out' if timed_out else 'no connection'
+    failures.pop(host, None)
+    part = Path(path).with_name(f'{threading.get_ident()}.part')  # other threads may fetch the same image
+    part.parent.mkdir(exist_ok=True)
+    part.write_bytes(data)
+    problem = image_error(part)
+    if problem:
+        part.unlink()
+    else:
+        part.replace(path)
+    return problem
 
 def augment_image(image, rng, augment):
     """A random crop of half the image or more, brightness, contrast and saturation. Mirroring would swap left and right."""
