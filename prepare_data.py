@@ -164,7 +164,7 @@ def pydoc_rows(split):
         for paragraph in re.split(r'\n\s*\n', text):
             paragraphs.setdefault(''.join(paragraph.split()), (is_held_out(name, 10), paragraph))
     text = '\n\n'.join(paragraph for is_val, paragraph in paragraphs.values() if is_val == (split == 'val'))
-    return [{'text': piece, 'images': []} for piece in render.split_paragraphs(text)]
+    return [{'text': piece} for piece in render.split_paragraphs(text)]
 
 # -----------------------------------------------------------------------------
 # other people's rows: this is the one place that understands their keys
@@ -194,7 +194,9 @@ def to_example(row, folder):
         example.setdefault('text', '')  # null is blank
     if images:
         place_images(example, len(images))
-    return {**example, 'images': images}
+    if images or any(row.get(key) is not None for key in IMAGE_KEYS):  # without "images" a text is what tasks make of it
+        example['images'] = images
+    return example
 
 def to_message(turn):
     """A turn of TRL ("role", "content", which may be a list of parts) or LLaVA ("from", "value") -> {'role', 'content'}."""
@@ -254,6 +256,10 @@ def shuffled_index(i, n, key):
 # -----------------------------------------------------------------------------
 # rows -> examples, in the order of an epoch
 
+def is_plain_text(row):
+    """Whether tasks make an example of it. A text with "images", even an empty list, is an example already."""
+    return 'messages' not in row and 'images' not in row
+
 @dataclasses.dataclass(eq=False)
 class Examples:
     """The examples of a split, endlessly: example i is a function of (seed, i). Each epoch has another order and drawings."""
@@ -270,7 +276,7 @@ class Examples:
             raise ValueError(f"augment must be crop, color or crop+color, or '' for none, got {self.config.augment!r}")
         self.weights = parse_tasks(self.config.tasks if self.tasks is None else self.tasks)
         # whether the rows are plain text, which gives any number of examples, each with another image
-        self.is_plain_text = 'messages' not in self.rows[0] and not self.rows[0].get('images')
+        self.is_plain_text = is_plain_text(self.rows[0])
 
     def __getitem__(self, i):
         epoch, position = divmod(i, len(self.rows))
@@ -278,8 +284,8 @@ class Examples:
             position = shuffled_index(position, len(self.rows), f'{self.seed} {epoch}')
         row = self.rows[position]
         rng = random.Random(f'{self.seed} {i}')
-        images = row.get('images') or []
-        if 'messages' not in row and not images:
+        images = row.get('images', [])
+        if is_plain_text(row):
             return self.draw_example(row['text'], rng, i)
         if self.shuffle and self.config.augment:
             images = [augment_image(load_image(source), rng, self.config.augment) for source in images]
@@ -761,7 +767,7 @@ def store_features(
     if not vision.is_pretrained(config):
         raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen encoder, got {config.vision_encoder!r}')
     rows = itertools.chain(open_rows(dataset, 'train'), open_rows(dataset, 'val'))
-    paths = list(dict.fromkeys(path for row in rows for path in row['images']))
+    paths = list(dict.fromkeys(path for row in rows for path in row.get('images', ())))
     if not paths:
         raise ValueError(f'{dataset} has no image files: there is nothing to store')
     config = vision.complete_config(config)
@@ -1066,7 +1072,7 @@ def prepare_obelics(
 
     Images that cannot be had are left out of the text and listed in skipped.jsonl. --image_dir has files named as those
     in data/NAME/images: 16 hex digits of the URL's SHA-256, and the URL's own ending. Train with --packing, which leaves
-    out documents that are too long, and --tasks=text, for those without any image left.
+    out documents that are too long.
     """
     hub = 'HuggingFaceM4/OBELICS'
     if source:
@@ -1080,10 +1086,10 @@ def prepare_obelics(
             rows = datasets.load_dataset(hub, split='train', streaming=True)
     rows = ({'text': str(row.get('texts')), 'document': row} for row in rows)  # its text decides whether it is held out
     images = image_dir and find_images(image_dir)
-    convert = functools.partial(obelics_example, folder=Path('data', name), image_dir=images, failures={})
+    convert = functools.partial(obelics_example, folder=Path('data', name), image_dir=images)
     write_dataset(name, rows, convert, source or hub, max_examples, val_every, images)
 
-def obelics_example(row, folder, image_dir, failures):
+def obelics_example(row, folder, image_dir):
     """A row {'document': a row of OBELICS} -> example. Raises ValueError with the reason why it is skipped."""
     urls, texts = (row['document'].get(key) for key in ('images', 'texts'))
     if not isinstance(urls, list) or not isinstance(texts, list) or len(urls) != len(texts):
@@ -1097,7 +1103,7 @@ def obelics_example(row, folder, image_dir, failures):
     for i, url in enumerate(urls):
         if url is not None:
             path = os.path.join(image_dir or 'images', vision.web_name(url))
-            problem = image_error(path) if image_dir else vision.fetch_image(url, folder / path, failures)
+            problem = image_error(path) if image_dir else vision.fetch_image(url, folder / path)
             if problem:
                 failed_images.append((url, problem))
             else:

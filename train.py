@@ -39,7 +39,7 @@ from tqdm import tqdm
 from configurator import configure, knobs_of, run
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
-from prepare_data import Examples, TokenizedExamples, collate, dataset_folder, get_tokenizer, open_rows, pack
+from prepare_data import Examples, TokenizedExamples, collate, dataset_folder, get_tokenizer, is_plain_text, open_rows, pack
 from render import parse_tasks
 from sample import Evaluation, all_gather, best_dtype, find_device, note, to_device
 from vision import FeatureCache, VisionConfig, complete_config
@@ -679,7 +679,7 @@ def main():
 
     # data and model
     rows = open_rows(config.dataset, 'train')  # first of all: a missing dataset shows at once
-    is_chat = 'messages' in rows[0] or not rows[0].get('images') and 'ocr' in parse_tasks(config.tasks)
+    is_chat = 'messages' in rows[0] or is_plain_text(rows[0]) and 'ocr' in parse_tasks(config.tasks)
     raw_model, enc, checkpoint = init_model(config)
     if config.checkpoint_activations:
         recompute_activations(raw_model)

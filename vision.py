@@ -155,48 +155,34 @@ def image_error(path):
 
 MAX_BYTES = 20_000_000  # of an image of the web
 TIMEOUT = 10  # seconds, for all of it
-PAUSE = 600   # seconds without a request to a host that does not answer
 
 def web_name(url):
     """The name of an image of the web as a file: 16 hex digits of its URL's SHA-256, and the URL's own ending."""
     ending = re.search(r'\.[A-Za-z]{3,4}(?=[?#]|$)', url)
     return f'{hash64(url):016x}{ending[0] if ending else ""}'
 
-def fetch_image(url, path, failures):
-    """Downloads an image to a path, unless it is there. Returns '', or the reason why there is none that training
-    can load. A host that has failed three times in succession gets no request for a while: failures, which
-    threads may share, is {host: (how often, when last)}.
-    """
+def fetch_image(url, path):
+    """Downloads an image to a path, unless it is there. Returns '', or the reason why there is none that can be loaded."""
     if os.path.exists(path):
         return image_error(path)
-    match = re.match('https?://([^/?#]+)', url, re.IGNORECASE)
-    if not match:  # urllib would also open a file:// of this machine
+    if not re.match('https?://[^/?#]', url, re.IGNORECASE):  # urllib would also open a file:// of this machine
         return 'no http address'
-    host = match[1]
-    n_failures, last = failures.get(host, (0, 0))
-    if n_failures >= 3 and time.monotonic() < last + PAUSE:
-        return 'its host does not answer'
-    headers = {'User-Agent': 'Mozilla/5.0 (compatible; glimpse)'}
     data = bytearray()
     deadline = time.monotonic() + TIMEOUT
     try:
         escaped = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # spaces, umlauts
-        request = urllib.request.Request(escaped, headers=headers)
+        request = urllib.request.Request(escaped, headers={'User-Agent': 'Mozilla/5.0 (compatible; glimpse)'})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             while chunk := response.read1(1 << 16):
                 data += chunk
                 if len(data) > MAX_BYTES:
                     return f'larger than {MAX_BYTES / 1e6:g} MB'
                 if time.monotonic() > deadline:  # the timeout above is that of a single read
-                    raise TimeoutError
+                    return 'timed out'
     except urllib.error.HTTPError as error:
-        failures.pop(host, None)
         return f'HTTP status {error.code}'
     except (OSError, ValueError, http.client.HTTPException) as error:
-        failures[host] = n_failures + 1, time.monotonic()
-        timed_out = isinstance(getattr(error, 'reason', error), TimeoutError)
-        return 'timed out' if timed_out else 'no connection'
-    failures.pop(host, None)
+        return 'timed out' if isinstance(getattr(error, 'reason', error), TimeoutError) else 'no connection'
     part = Path(path).with_name(f'{threading.get_ident()}.part')  # other threads may fetch the same image
     part.parent.mkdir(exist_ok=True)
     part.write_bytes(data)

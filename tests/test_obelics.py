@@ -185,10 +185,10 @@ def test_an_interrupted_run_continues_with_the_same_counts(web, monkeypatch, cap
     web.requests.clear()
     fetch = vision.fetch_image
 
-    def interrupted(url, path, failures):
+    def interrupted(url, path):
         if url.endswith('/40.jpg'):
             raise KeyboardInterrupt
-        return fetch(url, path, failures)
+        return fetch(url, path)
 
     monkeypatch.setattr(vision, 'fetch_image', interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -206,43 +206,29 @@ def test_an_interrupted_run_continues_with_the_same_counts(web, monkeypatch, cap
     assert n_requests <= len(web.requests) < n_requests + 20
 
 
-def test_a_dead_host_is_asked_a_few_times_only(tmp_path, monkeypatch):
+def test_a_dead_host_does_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vision, 'TIMEOUT', 0.2)
     dead = socket.create_server(('127.0.0.1', 0), backlog=100)  # takes a connection and says nothing
     host = f'127.0.0.1:{dead.getsockname()[1]}'
-    write_parquet('x.parquet', [document(f'Number {i}.', f'http://{host}/{i}.jpg') for i in range(200)])
+    write_parquet('x.parquet', [document(f'Number {i}.', f'http://{host}/{i}.jpg') for i in range(40)])
     start = time.monotonic()
     prepare_obelics('x.parquet', val_every=4)
     assert time.monotonic() - start < 20
     dead.close()
-    assert failed()['timed out'] + failed()['its host does not answer'] == 200
-    assert 3 <= failed()['timed out'] < 100  # eight threads may ask at the same time
-    assert len(read('train') + read('val')) == 200
-    failures = {host: (3, time.monotonic() - vision.PAUSE - 1)}  # after the pause it is asked again
-    monkeypatch.setattr(vision, 'TIMEOUT', 0.01)
-    assert vision.fetch_image(f'http://{host}/x.jpg', tmp_path / 'x.jpg', failures) in ('timed out', 'no connection')
-    assert failures[host][0] == 4
-
-
-def test_a_host_that_answers_again_is_not_dead(web, tmp_path):
-    host = web.url.removeprefix('http://')
-    for name, n in (('404.jpg', 0), ('a.jpg', 0), ('slow.jpg', 3), ('drip.jpg', 3)):
-        failures = {host: (2, time.monotonic())}
-        vision.fetch_image(f'{web.url}/{name}', tmp_path / name, failures)
-        assert failures.get(host, (0,))[0] == n, name
+    assert failed()['timed out'] == 40 == len(read('train') + read('val'))
 
 
 @pytest.mark.parametrize('url', ['file:///etc/hostname', 'ftp://a.example/x.jpg', 'data:image/png;base64,', 'http://', '//x'])
 def test_only_web_addresses_are_opened(tmp_path, monkeypatch, url):
     monkeypatch.setattr(vision.urllib.request, 'urlopen', lambda *args, **kwargs: io.BytesIO(image_bytes('red')))
-    assert vision.fetch_image(url, tmp_path / 'x.jpg', {}) == 'no http address'
+    assert vision.fetch_image(url, tmp_path / 'x.jpg') == 'no http address'
 
 
 @pytest.mark.parametrize('url', ['http://[', 'http://a.example:port/x', f'http://{"a" * 99}.example/x', 'http://\x00/x',
                                  'http://a.example/\ud800'])
 def test_an_address_that_is_none_is_a_failed_image(tmp_path, url):
-    assert vision.fetch_image(url, tmp_path / 'x.jpg', {}) == 'no connection'
+    assert vision.fetch_image(url, tmp_path / 'x.jpg') == 'no connection'
 
 
 def test_the_hub_is_streamed(web, monkeypatch):
@@ -263,7 +249,7 @@ def test_documents_are_held_out_by_their_text(web):
 
 
 STAGE = ['--line_height=0', '--patch_width=16', '--max_image_tokens=9', '--block_size=96', '--optimizer=adamw',
-         '--packing=True', '--max_images=4', '--tasks=text', '--min_span=5', '--max_iters=4', '--eval_interval=2']
+         '--packing=True', '--max_images=4', '--max_iters=4', '--eval_interval=2']
 
 
 @pytest.mark.parametrize('name', ['obelics', 'cc3m'])

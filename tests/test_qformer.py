@@ -612,13 +612,13 @@ def test_the_shape_of_qformer_align_is_that_of_the_published_blip2():
     assert {name: recipe[name] for name in args} == args
     encoder = 'EVA01-g-14/laion400m_s11b_b41k'
     assert encoder in (ROOT / 'config' / 'qformer_align.py').read_text()
-    width, *_ = vision.tower_shape(encoder, -2, True)
+    shape = vision.tower_shape(GPTConfig(vision_encoder=encoder, vision_cls=True, image_fit='pad'))
     config = GPTConfig(**args, objective=recipe['objective'], block_size=recipe['block_size'], vocab_size=50304)
     model = torch.nn.Module()
     model.config = config
     model.vision = torch.nn.Module()
     with torch.device('meta'):
-        model.vision.qformer = QFormer(config, width, config.vocab_size + 2)
+        model.vision.qformer = QFormer(config, shape.width, config.vocab_size + 2)
     table = load_weights(model, state, 'BLIP-2', only='vision.qformer.', optional=QFORMER_TEXT)
     assert [line.split()[:3] for line in table.splitlines() if line.startswith('new')] == [['new', 'vision.qformer', '2']]
 

@@ -30,7 +30,7 @@ from vision import hash64, image_error, load_image, read_bytes
 
 KNOBS = SimpleNamespace(tasks='ocr:1', one_line=True, font='', font_min=6, font_max=60, image_width=256, image_height=16,
                         min_chars=16, max_chars=32, min_span=60, max_span=120, infix_min=0.1, infix_max=0.4, distort=0.0,
-                        augment='', char_level=False)
+                        augment='', char_level=False, max_aspect=1.0)
 
 
 def knobs(**changes):
@@ -90,7 +90,14 @@ def test_images_that_the_text_does_not_mention_come_first():
     example = to_example({'messages': [system, {'role': 'user', 'content': 'Hi'}], 'images': ['a.png', 'b.png']}, '')
     assert example['messages'] == [system, {'role': 'user', 'content': '<image>\n<image>\nHi'}]
     assert to_example({'text': 'a <image> b', 'image': 'a.png'}, '')['text'] == 'a <image> b'
-    assert to_example({'text': 'an <image> tag'}, '') == {'text': 'an <image> tag', 'images': []}
+    assert to_example({'text': 'an <image> tag'}, '') == {'text': 'an <image> tag'}
+
+
+def test_a_text_with_an_empty_list_of_images_is_an_example_and_others_are_what_tasks_make_of_them(tmp_path):
+    path = write_rows(tmp_path / 'x.jsonl', [{'text': 'A document of text.', 'images': []}, {'text': 'A text to be drawn.'}])
+    examples = Examples(FileRows(path), KNOBS, seed=0, shuffle=False)
+    assert examples[0] == {'text': 'A document of text.', 'images': []}
+    assert len(examples[1]['images']) == 1 and 'messages' in examples[1]
 
 
 @pytest.mark.parametrize('key', ['img', 'image_file', 'picture', 'photo', 'jpg', 'png', 'image_url', 'Image', 'image_0',
@@ -133,7 +140,7 @@ def test_a_folder_with_train_and_val_and_images_next_to_them(tmp_path):
     write(tmp_path / 'train.jsonl', json.dumps(row) + '\n' + json.dumps({'text': 'plain'}))
     write(tmp_path / 'val.jsonl', json.dumps(row))
     rows = open_rows(str(tmp_path), 'train')
-    assert len(rows) == 2 and rows[1] == {'text': 'plain', 'images': []}
+    assert len(rows) == 2 and rows[1] == {'text': 'plain'}
     assert Examples(rows, KNOBS, 0).rows[0]['images'] == [str(tmp_path / '1.png')]
     assert vision.preprocess(load_image(rows[0]['images'][0]), tiny_config())[1].shape == (2, 2)
     (tmp_path / 'val.jsonl').unlink()
@@ -261,7 +268,7 @@ def test_one_rule_holds_out_the_same_keys_everywhere(tmp_path):
         path = write_rows(tmp_path / name / 'x.jsonl', shuffled)
         train, val = (list(open_rows(path, split)) for split in ('train', 'val'))
         assert len(train) + len(val) == 1000 and 25 <= len(val) <= 80
-        key = lambda row: os.path.basename(row['images'][0]) if row['images'] else row['text']
+        key = lambda row: os.path.basename(row['images'][0]) if 'images' in row else row['text']
         keys = {split: {key(row) for row in part} for split, part in (('train', train), ('val', val))}
         assert not keys['train'] & keys['val'], 'the rows of one image are on one side'
         assert all(is_held_out(k, 20) for k in keys['val']) and not any(is_held_out(k, 20) for k in keys['train'])
