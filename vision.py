@@ -15,8 +15,9 @@ Images -> image tokens: everything between an image file and the embeddings that
     QFormerPretraining  BLIP-2's first stage: encoder and Q-Former are trained on captions, without a GPT
 
 The ViT reads an image at its native resolution: the image keeps its size and aspect and becomes as many
-patches as it takes, up to a limit. A batch of them is padded, and attention ignores the padding. A
-pretrained encoder was trained on squares of one size, so its images are first made such squares.
+patches as it takes, up to a limit. A batch of them is padded, and attention ignores the padding. Most
+pretrained encoders were trained on squares of one size, so their images become such squares, unless
+image_fit=native asks for the same.
 
 This file imports nothing of the project.
 

@@ -4,6 +4,8 @@ Speed and memory on this machine: not a test, a measurement. Medians of several 
     $ python tests/bench.py                      # the quickstart's model; the knobs of train.py change it: --batch_size=32
     $ python tests/bench.py features             # a frozen ViT-B-32 running in every step, and its features cached
     $ python tests/bench.py vlm                  # GPT-2 with CLIP, SmolLM2 with SigLIP: a step's time and memory by batch
+    $ python tests/bench.py sft                  # config/vlm_sft.py's step by batch: padded, packed, eager, compiled; for a GPU
+    $ python tests/bench.py peer                 # GPT-2 with CLIP, against the same out of transformers: steps, generation
     $ python tests/bench.py compile              # the quickstart's steps, eager and compiled; the knobs of train.py change it
     $ python tests/bench.py pack                 # useful tokens a second of documents like LLaVA's, padded and packed
     $ python tests/bench.py fsdp                 # what each of two processes keeps of a GPT-2, with DDP and with FSDP
@@ -12,6 +14,7 @@ Speed and memory on this machine: not a test, a measurement. Medians of several 
 Encoders have random weights here: they cost what trained ones cost.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -38,7 +41,7 @@ import train  # noqa: E402
 import vision  # noqa: E402
 from configurator import configure  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from sample import to_device  # noqa: E402
+from sample import best_dtype, find_device, to_device  # noqa: E402
 
 
 def train_config(*words):
@@ -166,15 +169,16 @@ def compiled(*words, count=60):
 def llava_like_documents(count, config):
     """
     Tokenized documents with lengths like LLaVA-665k's: log-normal text, a third of it in the loss, 6 % without an image,
-    10 % with two to four, each image of 49 tokens.
+    10 % with two to four.
     """
     rng = random.Random(0)
     picture = vision.Image.effect_noise((56, 56), 100).convert('RGB')
     patches = vision.preprocess(picture, config)
+    n_image_tokens = vision.num_tokens(patches, config)
     for _ in range(count):
         n_images = rng.choices((0, 1, 2, 3, 4), (6, 84, 5, 3, 2))[0]
         n_text = min(config.block_size - 200, max(8, int(rng.lognormvariate(5.2, 0.8))))
-        idx = [config.image_token] * (49 * n_images) + [rng.randrange(256) for _ in range(n_text)]
+        idx = [config.image_token] * (n_image_tokens * n_images) + [rng.randrange(256) for _ in range(n_text)]
         targets = [-1] * (len(idx) - n_text // 3) + idx[-(n_text // 3):] if n_text // 3 else [-1] * len(idx)
         yield {'idx': idx, 'targets': targets, 'images': [patches] * n_images}
 
@@ -286,6 +290,9 @@ def vlm_row(text_model, name, lora_rank, rows):
     print(f'{label:<32}{batch["idx"].shape[1] - 256:>14}{rows:>6}{seconds:>10.1f}{memory:>13.1f}', flush=True)
 
 
+# -----------------------------------------------------------------------------
+# models that are too large for one GPU
+
 def fsdp():
     """GPT-2 of 124M parameters under AdamW, by two processes: DDP, FSDP, and FSDP with activations computed again."""
     print(f'{"GB of each process":<36}{"weights":>9}{"gradients":>11}{"optimizer":>11}{"resident":>10}{"s a step":>10}')
@@ -326,6 +333,171 @@ def fsdp_row(*words):
     torch.distributed.barrier()
 
 
+def sft():
+    """Samples a second, share of the GPU's peak and memory of config/vlm_sft.py's shape, each row in its own process."""
+    print(f'{"":<32}{"samples/s":>12}{"MFU %":>8}{"peak GiB":>10}')
+    for rows in (8, 32, 128):
+        for packing in (False, True):
+            for compiles in (False, True):
+                command = [sys.executable, __file__, 'sft_row', str(rows), f'--packing={packing}', f'--compile={compiles}']
+                subprocess.run(command)  # one that needs too much memory does not stop the others
+
+
+def sft_row(rows, *words):
+    """`rows` documents like LLaVA's, or half as many packed rows: a row holds two or three."""
+    rows = int(rows)
+    config = train_config('config/vlm_sft.py', *words)
+    dist_env = train.setup_distributed(config)
+    knobs = {name: getattr(config, name) for name in train.knobs_of(GPTConfig)}
+    model_config = vision.complete_config(GPTConfig(**{**knobs, 'image_token': 50257, 'bias': True}))
+    model = GPT(model_config, load=False).to(dist_env.device)
+    optimizers = train.configure_optimizers(model, config)
+    scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dist_env.dtype == 'float16')
+    autocast = torch.autocast(dist_env.device_type, getattr(torch, dist_env.dtype), enabled=dist_env.dtype != 'float32')
+    documents = list(llava_like_documents(4 * rows, model_config))
+    batches = [prepare_data.collate(documents[i:i + rows], model_config) for i in range(0, len(documents), rows)]
+    if config.packing:
+        stream = prepare_data.pack(enumerate(itertools.cycle(documents)), model_config, max(1, rows // 2), config.max_images,
+                                   static_images=config.compile)
+        batches = [next(stream) for _ in range(4)]
+    runs = torch.compile(model) if config.compile else model
+    step = lambda batch: train.train_step(runs, optimizers, scaler, [batch], autocast, config, dist_env, 0)[0].item()
+    for batch in batches:  # warms up, and compiles
+        step(batch)
+    start = time.perf_counter()
+    for batch in batches:
+        step(batch)
+    seconds = time.perf_counter() - start
+    n_samples = sum(int(batch['docs'].amax(1).sum()) + len(batch['docs']) if 'docs' in batch else rows for batch in batches)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    mfu = 'unknown'
+    if dist_env.device_type == 'cuda':
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        flops = sum(train.estimate_flops(model, to_device(batch, dist_env.device)) for batch in batches)
+        mfu = f'{100 * (train.estimate_mfu(flops, seconds, dist_env.device) or 0):.1f}'
+    label = f'batch {rows}, {"packed" if config.packing else "padded"}, {"compiled" if config.compile else "eager"}'
+    print(f'{label:<32}{n_samples / seconds:>12.1f}{mfu:>8}{peak:>10.1f}', flush=True)
+
+
+# -----------------------------------------------------------------------------
+# the same model out of transformers' parts
+
+class Composition(torch.nn.Module):
+    """GPT-2 that reads CLIP's penultimate layer through a Linear, as one writes it with transformers."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
+        self.encoder = CLIPVisionModel(CLIPVisionConfig(patch_size=16)).requires_grad_(False)
+        self.connector = torch.nn.Linear(768, 768)
+        self.gpt = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        self.gpt.generation_config.eos_token_id = None  # all answers get equally long
+
+    def embed(self, pixels, ids):
+        with torch.no_grad():
+            features = self.encoder(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return torch.cat([self.connector(features), self.gpt.transformer.wte(ids)], 1)
+
+    def forward(self, pixels, ids, labels):
+        return self.gpt(inputs_embeds=self.embed(pixels, ids), labels=labels).loss
+
+    @torch.no_grad()
+    def generate(self, pixels, ids, new_tokens):
+        return self.gpt.generate(inputs_embeds=self.embed(pixels, ids), max_new_tokens=new_tokens, do_sample=False,
+                                 use_cache=True)
+
+
+def make_peer(side):
+    """
+    (model, its step, its generation) of 'glimpse' or 'transformers'. A step trains GPT and connector by AdamW on two
+    sequences of 196 image tokens and 256 of text, of which 128 are in the loss; generation takes the number of prompts.
+    """
+    device = find_device()
+    dtype = getattr(torch, best_dtype(device))
+    config = vision.complete_config(GPTConfig(
+        image_token=50257, vision_encoder='ViT-B-16-quickgelu/', connector='linear', gelu_approximate='tanh'))
+
+    def inputs(rows):
+        patches = torch.randint(0, 256, (rows, 196, 16 * 16 * 3), dtype=torch.uint8)
+        grid = vision.preprocess(vision.Image.new('RGB', (8, 8)), config)[1].expand(rows, -1, -1)
+        batch = to_device(make_batch((patches, grid), 196, 256, 128, config.image_token), device)
+        if side == 'glimpse':
+            return batch
+        labels = torch.where(batch['targets'] < 0, -100, batch['targets'])
+        return torch.randn(rows, 3, 224, 224, device=device), batch['idx'][:, 196:], labels
+
+    torch.manual_seed(0)
+    if side == 'glimpse':
+        model = GPT(config, load=False).to(device)
+        rates = ['--learning_rate=1e-4', '--connector_lr=1e-4', '--vision_lr=0']
+        optimizer, = train.configure_optimizers(model, train_config(*rates))
+        compute_loss = lambda batch: model(batch)['lm'] / model.loss_weight(batch)
+        answer = lambda batch: model.generate(batch['idx'], 32, 0, images=batch['images'])
+    else:
+        model = Composition().to(device)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        compute_loss = lambda batch: model(*batch)
+        answer = lambda batch: model.generate(*batch[:2], 32)
+    autocast = torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32)
+    batches = {rows: inputs(rows) for rows in (1, 2, 8, 32)}
+
+    def step():
+        model.train()
+        with autocast:
+            loss = compute_loss(batches[2])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def generate(rows):
+        model.eval()
+        with autocast:
+            return answer(batches[rows]).tolist()
+
+    return model, step, generate
+
+
+def peer():
+    """Times of both sides, measured in turn: what else runs on the machine slows both. Memory by a process for each."""
+    sides = 'glimpse', 'transformers'
+    print(f'{"":<40}{sides[0]:>14}{sides[1]:>14}{"times as fast":>16}')
+    print(f'{"peak memory of training":<40}', end='', flush=True)
+    for side in sides:  # first: Linux counts the memory of who starts a process as the new one's
+        subprocess.run([sys.executable, __file__, 'peer_memory', side], check=True)
+    print()
+    models, steps, generations = zip(*map(make_peer, sides))
+    trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 for model in models]
+    print(f'{"trained parameters":<40}{trained[0]:>13.1f}M{trained[1]:>13.1f}M')
+
+    def compare(name, functions, rounds):
+        times = [[], []]
+        for i in range(rounds + 1):  # the first round warms up
+            for function, seconds in zip(functions, times):
+                start = time.perf_counter()
+                function()
+                seconds += [time.perf_counter() - start] if i else []
+        ours, theirs = map(statistics.median, times)
+        print(f'{name:<40}{ours:>12.3f} s{theirs:>12.3f} s{theirs / ours:>16.2f}', flush=True)
+
+    compare('training step, 2 x (196 + 256) tokens', steps, 7)
+    for rows in (1, 8, 32):
+        pair = [functools.partial(generate, rows) for generate in generations]
+        compare(f'32 new tokens after each of {rows} prompts', pair, 3 if rows == 32 else 7)
+
+
+def peer_memory(side):
+    """Prints the peak memory of some training steps."""
+    _, step, _ = make_peer(side)
+    for _ in range(3):
+        step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    print(f'{peak:>10.2f} GiB', end='', flush=True)
+
+
 def rows(count):
     """A generated .jsonl of conversations with an image each; memory is the anonymous memory of this process."""
     def memory():
@@ -355,7 +527,7 @@ def rows(count):
 
 if __name__ == '__main__':
     modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed, 'compile': compiled,
-             'fsdp': fsdp, 'fsdp_row': fsdp_row}
+             'fsdp': fsdp, 'fsdp_row': fsdp_row, 'peer': peer, 'peer_memory': peer_memory, 'sft': sft, 'sft_row': sft_row}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:

@@ -179,6 +179,14 @@ def test_small_vit_reads_squares_if_it_has_an_image_size():
     assert len(vision.preprocess(Image.new('RGB', (64, 16)), tiny_config())[1]) == 16
 
 
+@pytest.mark.parametrize('changes', [{}, {'connector': 'pool', 'pool_size': 2}, {'vision_cls': True}])
+def test_static_batches_have_one_shape(changes):
+    config = complete_config(tiny_config(vision_encoder='native-clip/', **{'connector': 'mlp', **NATIVE, **changes}))
+    shapes = {vision.collate([vision.preprocess(noise(size), config)], config, n_images=3)[0].shape
+              for size in ((8, 8), (64, 64), (500, 500))}
+    assert len(shapes) == 1
+
+
 def test_naflexvit_can_also_read_squares():
     model, config = random_vision('timm/naflexvit_base_patch16_siglip', image_fit='squash', image_size=64)
     emb, valid = model(*vision.collate([vision.preprocess(noise((50, 40)), config)], config))

@@ -107,6 +107,7 @@ for _ in range(2):  # after an evaluation, too
     with train.whole_weights(model):
         assert sum(p.numel() for p in model.parameters()) == n_all
         assert not any(isinstance(p, train.DTensor) for p in model.parameters())
+    assert all(isinstance(p, train.DTensor) for p in model.parameters())
     model(batch)['lm'].backward()
     for opt in optimizers:
         opt.step()
