@@ -455,12 +455,13 @@ class GPT(nn.Module):
         return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
 
     def empty_cache(self, batch_size, length):
-        """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer."""
+        """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer. In memory a head stands together."""
         weight = self.lm_head.weight
         attn = self.transformer.h[0].attn
-        shape = (self.config.n_layer, 2, batch_size, length, attn.n_kv_head, attn.head_dim)
+        shape = (self.config.n_layer, 2, batch_size, attn.n_kv_head, length, attn.head_dim)
         dtype = self.lm_head(weight[:1]).dtype  # under autocast not that of the weights
-        return [pair.unbind() for pair in torch.zeros(shape, dtype=dtype, device=weight.device)]
+        caches = torch.zeros(shape, dtype=dtype, device=weight.device).transpose(3, 4)
+        return [pair.unbind() for pair in caches]
 
     # -------------------------------------------------------------------------
     # surgery
