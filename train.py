@@ -14,6 +14,7 @@ Writes to out_dir: ckpt.pt (newest), ckpt_best.pt (lowest val_loss), log.jsonl a
 import atexit
 import contextlib
 import functools
+import gc
 import glob
 import itertools
 import json
@@ -813,8 +814,10 @@ def main():
                 t0 = time.time()
 
     if dist_env.ddp:
-        dist.barrier()  # leave together: a process that exits while another still saves breaks the connection,
-        del model       # and DDP holds on to the process group's threads
+        dist.barrier()  # leave together: a process that exits while another still saves breaks the connection
+        # what DDP and FSDP have wrapped holds on to the process groups, whose threads have to end before Python does
+        del model, raw_model, optimizers, evaluation, save
+        gc.collect()
         dist.destroy_process_group()
     if stop:
         note(f'saved after step {iter_num}; continue with --init_from=resume')

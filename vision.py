@@ -668,11 +668,11 @@ def complete_config(config):
     its patches. Reads no weights. Raises ValueError for a wrong name, also for one with another activation
     than its weights were trained with: OpenAI's need the names with "quickgelu".
     """
-    if not is_pretrained(config):
-        return config
-    if not config.image_fit:
+    if not config.image_fit and (is_pretrained(config) or config.image_size):
         is_naflex = config.vision_encoder.startswith('timm/naflexvit')
         config = replace(config, image_fit='native' if is_naflex else 'pad')
+    if not is_pretrained(config):
+        return config
     if is_native(config) and config.image_size:
         raise ValueError('image_size is the side of squares, and with image_fit=native there are none: set '
                          'max_image_tokens, or --image_fit=pad')

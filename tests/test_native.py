@@ -171,7 +171,7 @@ def test_image_size_of_published_weights_interpolates_their_table(tmp_path):
 
 
 def test_small_vit_reads_squares_if_it_has_an_image_size():
-    config = tiny_config(image_size=32, image_fit='pad', max_image_tokens=16)
+    config = complete_config(tiny_config(image_size=32, max_image_tokens=16))
     patches, grid = vision.preprocess(Image.new('RGB', (64, 16), 'black'), config)
     assert grid.amax(0).tolist() == [3, 3] and len(grid) == 16
     is_gray = (patches == 128).all(1).view(4, 4)
