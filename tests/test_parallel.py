@@ -1,5 +1,6 @@
 """What must stay true of models that are too large for one GPU: FSDP and activation checkpointing compute the same."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -93,7 +94,7 @@ def test_bfloat16_blocks_have_losses_near_those_of_ddp(tmp_path):
 
 
 SIZES = """
-import types, torch, conftest, train, vision
+import json, types, torch, conftest, train, vision
 config = conftest.optimizer_config(parallel='fsdp', fsdp_size=0, optimizer='muon')
 torch.distributed.init_process_group('gloo')
 env = types.SimpleNamespace(rank=torch.distributed.get_rank(), world_size=2, device_type='cpu', dtype='float32', device='cpu')
@@ -113,8 +114,14 @@ for _ in range(2):  # after an evaluation, too
         opt.step()
 local = lambda tensors: sum(t.to_local().numel() for t in tensors)
 states = [value for opt in optimizers for state in opt.state.values() for value in state.values() if value.dim()]
-print('sizes', n_all, local(model.parameters()), local(p.grad for p in model.parameters()),
-      sum(t.numel() for t in states), local(states), flush=True)
+gradients = local(p.grad for p in model.parameters())
+sizes = [n_all, local(model.parameters()), gradients, sum(t.numel() for t in states), local(states)]
+all_sizes = [None, None]
+torch.distributed.all_gather_object(all_sizes, sizes)
+if env.rank == 0:  # two processes would write into each other's lines
+    print(json.dumps(all_sizes))
+del model, optimizers
+torch.distributed.destroy_process_group()
 """
 
 
@@ -123,10 +130,8 @@ def test_each_of_two_processes_keeps_half(tmp_path):
     script = tmp_path / 'sizes.py'
     script.write_text(f'import sys; sys.path.insert(0, {str(ROOT / "tests")!r})\n' + SIZES)
     process = launch(script, processes=2)
-    lines = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith('sizes')]
-    assert len(lines) == 2, process.stderr
-    for line in lines:
-        n_all, weights, gradients, all_states, states = map(int, line)
+    assert process.returncode == 0, process.stderr
+    for n_all, weights, gradients, all_states, states in json.loads(process.stdout):
         for part, whole in ((weights, n_all), (gradients, n_all), (states, all_states)):
             assert 0.4 * whole < part < 0.6 * whole
 
