@@ -455,7 +455,7 @@ class GPT(nn.Module):
         return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
 
     def empty_cache(self, batch_size, length):
-        """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer. In memory a head stands together."""
+        """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer; a head's positions are contiguous."""
         weight = self.lm_head.weight
         attn = self.transformer.h[0].attn
         shape = (self.config.n_layer, 2, batch_size, attn.n_kv_head, length, attn.head_dim)

@@ -270,7 +270,7 @@ def pad_vocab(n):
 # models that are too large for one GPU
 
 def transformer_blocks(model):
-    """The blocks of the GPT, the encoder and the Q-Former, a list each. Theirs are named blocks or resblocks."""
+    """The blocks of the GPT, the encoder and the Q-Former, a list each. In timm and open_clip it is blocks or resblocks."""
     return [list(module) for name, module in model.named_modules() if name.endswith(('.h', '.blocks', '.resblocks'))]
 
 def recompute_activations(model):
@@ -297,7 +297,7 @@ def shard(model, config, dist_env):
             # all blocks that have run since the last one, in an evaluation too
             block.set_modules_to_backward_prefetch([before])
     fully_shard(model.float(), mesh=mesh, mp_policy=policy)  # embeddings, connector and head
-    model.set_modules_to_backward_prefetch([model])  # nothing
+    model.set_modules_to_backward_prefetch([model])  # itself: nothing in advance
 
 @contextlib.contextmanager
 def whole_weights(model):

@@ -8,7 +8,7 @@ from GPT-2 itself, or after stage 1, vlm_align.py.
     python sample.py --out_dir=out/vlm_sft --image x.jpg --prompt "What is going on here?"
 
 A nanoGPT checkpoint instead of GPT-2: --init_from=FILE. Not run yet at this size: it needs the weights, the data and a
-GPU; README has memory and time of a step. LLaVA-1.5 trains 7B at 2e-5; a smaller model takes a larger rate.
+GPU; bench.py vlm measures memory and time of a step. LLaVA-1.5 trains 7B at 2e-5; a smaller model takes a larger rate.
 """
 out_dir = 'out/vlm_sft'
 init_from = 'gpt2'

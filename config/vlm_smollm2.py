@@ -7,7 +7,7 @@ features of an image are pooled 2 x 2 to 49 image tokens (pool_size=4: 16).
     python sample.py --out_dir=out/vlm_smollm2 --image x.jpg --prompt "What is going on here?"
 
 Larger ones: --init_from=HuggingFaceTB/SmolLM2-360M-Instruct, Qwen/Qwen3-0.6B. Not run yet at this size: it needs
-SigLIP's weights, the data and a GPU; README has memory and time of a step. The GPT's rate is nanoVLM's.
+SigLIP's weights, the data and a GPU; bench.py vlm measures memory and time of a step. The GPT's rate is nanoVLM's.
 """
 out_dir = 'out/vlm_smollm2'
 init_from = 'HuggingFaceTB/SmolLM2-135M-Instruct'   # its tokenizer and its chat template are used as well
