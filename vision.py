@@ -557,8 +557,9 @@ class PretrainedEncoder(Freezable):
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(N, 3, side * p, side * p)
         margin = config.image_size - side * p  # pixels after the last whole patch, which belong to no patch
         x = F.pad(x, (0, margin, 0, margin))                                    # (N, 3, size, size)
-        out = x.new_zeros(N, L, self.width)
-        out[:, self.order] = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
+        features = forward_features(self.tower, x, config.vision_layer, config.vision_cls)
+        out = features.new_zeros(N, L, self.width)  # in their dtype, which autocast may have changed
+        out[:, self.order] = features
         return out
 
 def forward_features(tower, x, layer, keep_cls):

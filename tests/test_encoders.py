@@ -16,6 +16,7 @@ from safetensors.torch import load, load_file, save_file
 
 import vision
 from model import build_model, checkpoint_state, load_vision_from, published_fingerprint
+from sample import find_device
 from train import configure_optimizers
 from vision import complete_config
 
@@ -561,3 +562,24 @@ def test_recipes_that_start_from_published_models(knobs, tmp_path, recipe):
     has_lora = 'lora' in recipe or recipe == 'vlm_qformer'
     assert any('.lora_' in name for name in names) == has_lora
     assert ('transformer.wte.weight' in names) == (not has_lora)
+
+
+SMALL_QFORMER = {'connector': 'qformer', 'qformer_n_layer': 2, 'qformer_n_head': 2, 'qformer_n_embd': 32}
+
+
+@pytest.mark.parametrize('name, changes', [
+    ('clip', {}), ('clip', {'vision_cls': True}), ('clip', {'image_fit': 'native'}), ('clip', SMALL_QFORMER),
+    ('siglip', {'vision_layer': -1}), ('siglip', {'image_fit': 'native'}),
+    ('timm', {'connector': 'pool', 'pool_size': 3}), ('timm', {'image_fit': 'native'}), ('conv', {})])
+def test_encoders_run_under_autocast(towers, name, changes):
+    """On a GPU if there is one: which operations autocast makes bfloat16 differs."""
+    model, config = make_vision(towers, name, **{'connector': 'mlp', **changes})
+    device = find_device()
+    batch = [t.to(device) for t in vision.collate([vision.preprocess(random_image(i), config) for i in range(2)], config)]
+    model.to(device)
+    exact, _ = model(*batch)
+    with torch.autocast(device, torch.bfloat16):
+        emb, _ = model(*batch)
+    emb.float().square().mean().backward()
+    assert (emb - exact).norm() < 0.03 * exact.norm()
+    assert all(p.grad.isfinite().all() for p in model.connector.parameters())
