@@ -76,7 +76,7 @@ gradient_accumulation_steps = 1  # micro-batches of a step, over all processes t
 batch_size = 12                # examples, or packed rows, in a micro-batch
 block_size = 1024              # positions of a sequence; an image takes one
 packing = False                # several documents in a row of block_size tokens, each attends to itself only
-max_images = 8                 # packing: images in a row, at most
+max_images = 8                 # packing: images in a row, at most; with compile each row is padded to as many
 num_workers = 1                # processes that draw and tokenize ahead; 0 does it in the training process
 # images of text
 image_width = 256              # pixels of the box that the text is drawn into

@@ -98,6 +98,20 @@ def test_flex_attention_is_attention_under_the_mask():
     torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='FlexAttention has no backward pass on a CPU')
+def test_flex_attention_has_the_gradients_of_the_mask_on_a_gpu():
+    torch.manual_seed(0)
+    docs = torch.tensor([[0] * 50 + [1] * 140 + [2] * 30 + [-1] * 36, [0] * 256], device='cuda')
+    q = torch.randn(2, 4, 256, 32, device='cuda', requires_grad=True)
+    k, v = torch.randn(2, 2, 2, 256, 32, device='cuda', requires_grad=True)
+    ours = attend_in_blocks(q, k, v, document_block_mask(docs), enable_gqa=True)
+    mask = (docs[:, :, None] == docs[:, None]).tril()[:, None]
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    upstream = torch.randn_like(ours)
+    for own, other in zip(torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(theirs, (q, k, v), upstream)):
+        torch.testing.assert_close(own, other, atol=5e-3, rtol=5e-3)  # tf32
+
+
 def llava_lengths(n):
     """Documents as long as LLaVA-665k's, roughly: log-normal text, some without, most with one image of 49 tokens."""
     rng = random.Random(0)
