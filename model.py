@@ -35,8 +35,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vision import (Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint,
-                    group_parameters)
+from vision import Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint, group_parameters
 
 @dataclass
 class GPTConfig(VisionConfig):
@@ -370,7 +369,7 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(idx, images, docs))
 
     def forward(self, batch):
-        """A batch of prepare_data.collate: idx, targets (B, T) int64, -1 for padding; places (n,), where the targets
+        """A batch of dataloader.collate: idx, targets (B, T) int64, -1 for padding; places (n,), where the targets
         are in B * T; images, and docs if the rows are packed, as in `embed`. Returns {'lm': cross entropy in
         nats, summed over the targets}.
         """

@@ -38,9 +38,10 @@ from tqdm import tqdm
 
 import render
 from configurator import configure, run
+from dataloader import (ASSISTANT, IMAGE, Examples, FileRows, TooLong, collate, get_tokenizer, image_error,
+                        load_image, open_rows, tokenize)
 from model import build_model, read_weights, to_hugging_face
-from prepare_data import ASSISTANT, IMAGE, Examples, FileRows, TooLong, collate, get_tokenizer, open_rows, tokenize
-from vision import QFormerPretraining, image_error, load_image
+from vision import QFormerPretraining
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'     # out_dir's checkpoint; or, as in train.py, a checkpoint's path or a published model

@@ -38,12 +38,13 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, knobs_of, run
+from dataloader import (Examples, FeatureCache, TokenizedExamples, collate, dataset_folder, get_tokenizer,
+                        is_plain_text, open_rows, pack)
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
-from prepare_data import Examples, TokenizedExamples, collate, dataset_folder, get_tokenizer, is_plain_text, open_rows, pack
 from render import parse_tasks
 from sample import Evaluation, all_gather, best_dtype, find_device, note, to_device
-from vision import FeatureCache, VisionConfig, complete_config
+from vision import VisionConfig, complete_config
 
 # -----------------------------------------------------------------------------
 # run
@@ -65,7 +66,7 @@ wandb_log = False
 wandb_project = 'glimpse'
 wandb_run_name = ''
 # data
-dataset = 'pydoc'              # pydoc, a file or folder of text, or data/NAME (see prepare_data.py)
+dataset = 'pydoc'              # pydoc, a file or folder of text, or data/NAME (prepare_data.py list)
 text_dataset = ''              # plain text for text_loss; '' takes the dataset's own, pydoc for conversations
 tokenizer = ''                 # bytes, gpt2, the path of a nanoGPT meta.pkl, words.txt or tokenizer.json, OWNER/NAME
 #                                on the hub; '' takes that of init_from, and bytes from scratch

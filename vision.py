@@ -1,9 +1,7 @@
 """
-Images -> image tokens: everything between an image file and the embeddings that the GPT reads.
+Images -> image tokens: everything between an image and the embeddings that the GPT reads.
 
     VisionConfig        every knob of this file; model.py's GPTConfig extends it
-    fetch_image         an image of the web -> a file
-    load_image          a file, or a member of a .zip or .tar -> a PIL image
     preprocess          a PIL image -> its patches as bytes, and the row and column of each
     collate             the images of a batch, padded to one length
     ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
@@ -29,29 +27,12 @@ References:
 5) BLIP-2, the Q-Former and its first stage: https://arxiv.org/abs/2301.12597
 """
 
-import bisect
 import difflib
 import functools
 import hashlib
-import http.client
-import io
 import json
 import math
-import os
-import re
-import shutil
-import struct
 import sys
-import tarfile
-import tempfile
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,11 +41,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from PIL import Image, ImageEnhance, ImageOps
-from safetensors.torch import load_file, save_file
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+
 
 def derived(default):
     """A field that no user sets: the tokenizer, or a pretrained encoder, determines it."""
@@ -117,174 +97,6 @@ def is_native(config):
 def cell_size(config):
     """Side, in patches, of the square that becomes one image token: pool_size for `pool`, else 1."""
     return config.pool_size if config.connector == 'pool' else 1
-
-# -----------------------------------------------------------------------------
-# image files, also in archives, which are read in place and not kept open
-
-ARCHIVE = re.compile(r'(.+?\.(?:zip|tar|tar\.gz|tgz))/(.+)')
-MEMBER = np.dtype([('name', '<u8'), ('offset', '<i8'), ('size', '<i8'), ('method', '<u4'), ('crc', '<u4')])
-IN_TAR = 1 << 16  # `method` of a tar's members: they are not compressed, and have no checksum
-
-def load_image(source, draft=None):
-    """A path or PIL image -> RGB PIL image, upright, transparency on white. `draft`, a size, makes JPEGs faster.
-    Raises ValueError if there is no such file, or it is no image that can be read.
-    """
-    try:
-        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(read_bytes(str(source))))
-        if draft:
-            image.draft('RGB', draft)
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I') or image.mode == 'F':
-            image = image.convert('F').point(lambda v: v / 257).convert('L')  # 65535 / 257 = 255
-        if image.has_transparency_data:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return image.convert('RGB')
-    except FileNotFoundError as error:
-        raise ValueError(f'no image at {source}') from error
-    except Exception as error:  # for a damaged file Pillow, zlib and struct raise nearly anything
-        raise ValueError(f'{source} is not an image that can be read: {error}') from error
-
-def image_error(path):
-    """'' for an image that training can load, else the reason. The decision is load_image's."""
-    try:
-        load_image(path, draft=(64, 64))
-    except ValueError as error:
-        is_missing = isinstance(error.__cause__, FileNotFoundError)
-        return 'the image is missing' if is_missing else 'the image is broken'
-    return ''
-
-MAX_BYTES = 20_000_000  # of an image of the web
-TIMEOUT = 10  # seconds, for all of it
-
-def web_name(url):
-    """The name of an image of the web as a file: 16 hex digits of its URL's SHA-256, and the URL's own ending."""
-    ending = re.search(r'\.[A-Za-z]{3,4}(?=[?#]|$)', url)
-    return f'{hash64(url):016x}{ending[0] if ending else ""}'
-
-def fetch_image(url, path):
-    """Downloads an image to a path, unless it is there. Returns '', or the reason why there is none that can be loaded."""
-    if os.path.exists(path):
-        return image_error(path)
-    if not re.match('https?://[^/?#]', url, re.IGNORECASE):  # urllib would also open a file:// of this machine
-        return 'no http address'
-    data = bytearray()
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        escaped = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # spaces, umlauts
-        request = urllib.request.Request(escaped, headers={'User-Agent': 'Mozilla/5.0 (compatible; glimpse)'})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            while chunk := response.read1(1 << 16):
-                data += chunk
-                if len(data) > MAX_BYTES:
-                    return f'larger than {MAX_BYTES / 1e6:g} MB'
-                if time.monotonic() > deadline:  # the timeout above is that of a single read
-                    return 'timed out'
-    except urllib.error.HTTPError as error:
-        return f'HTTP status {error.code}'
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return 'timed out' if isinstance(getattr(error, 'reason', error), TimeoutError) else 'no connection'
-    part = Path(path).with_name(f'{threading.get_ident()}.part')  # other threads may fetch the same image
-    part.parent.mkdir(exist_ok=True)
-    part.write_bytes(data)
-    problem = image_error(part)
-    if problem:
-        part.unlink()
-    else:
-        part.replace(path)
-    return problem
-
-def augment_image(image, rng, augment):
-    """A random crop of half the image or more, brightness, contrast and saturation. Mirroring would swap left and right."""
-    if 'crop' in augment:
-        width, height = image.size
-        side = math.sqrt(rng.uniform(0.5, 1))
-        stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(4 / 3))
-        crop_width = max(1, min(width, round(width * side * stretch)))
-        crop_height = max(1, min(height, round(height * side / stretch)))
-        x = rng.randint(0, width - crop_width)
-        y = rng.randint(0, height - crop_height)
-        image = image.crop((x, y, x + crop_width, y + crop_height))
-    if 'color' in augment:
-        for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
-    return image
-
-def read_bytes(path):
-    """The bytes of a file or of a member of an archive, checked. FileNotFoundError if missing; whatever zlib raises."""
-    match = ARCHIVE.fullmatch(path)
-    if not match or os.path.isdir(match[1]):
-        with open(path, 'rb') as f:
-            return f.read()
-    archive, name = match.groups()
-    members = map_members(archive)
-    key = np.uint64(hash64(name))
-    i = bisect.bisect_right(members['name'], key) - 1  # unlike searchsorted it does not read the whole index
-    if i < 0 or members['name'][i] != key:
-        raise FileNotFoundError(f'{archive} has no {name}')
-    _, offset, size, method, crc = members[i].item()
-    with open(archive, 'rb') as f:
-        f.seek(offset)
-        if method != IN_TAR:  # skip the local header, with a name and an extra field of variable length
-            f.seek(sum(struct.unpack('<26xHH', f.read(30))), os.SEEK_CUR)
-        data = f.read(size)
-    if method == zipfile.ZIP_DEFLATED:
-        data = zlib.decompress(data, -zlib.MAX_WBITS)
-    elif method not in (zipfile.ZIP_STORED, IN_TAR):
-        raise ValueError(f'compression method {method} of a .zip is not supported: store or deflate its members')
-    if method != IN_TAR and zlib.crc32(data) != crc:
-        raise ValueError('its checksum is wrong')
-    return data
-
-def map_members(archive):
-    """The members of an archive: an array of MEMBER, sorted by the hashes of their names."""
-    return map_index(archive, index_archive, MEMBER)
-
-def index_archive(path, f):
-    """Writes the members of an archive to f. ValueError if it is broken or compressed as a whole."""
-    if path.endswith('gz'):
-        raise ValueError(f'{path} is compressed, so that no single image can be read from it: unpack it to a .tar first')
-    try:
-        if path.endswith('.tar'):
-            with tarfile.open(path, 'r:') as tar:
-                rows = [(m.name, m.offset_data, m.size, IN_TAR, 0) for m in tar if m.isfile()]
-        else:
-            with zipfile.ZipFile(path) as archive:
-                rows = [(m.filename, m.header_offset, m.compress_size, m.compress_type, m.CRC) for m in archive.infolist()]
-    except Exception as error:  # for a damaged file these libraries raise nearly anything
-        raise ValueError(f'{path} is broken or cut off ({error}): download it again') from error
-    rows = [(name.removeprefix('./'), *rest) for name, *rest in rows]
-    if len({name.partition('/')[0] for name, *_ in rows}) == 1:  # COCO's have one folder, which names may leave out
-        rows += [(name.partition('/')[2], *rest) for name, *rest in rows]
-    members = np.array([(hash64(name), *rest) for name, *rest in rows], MEMBER)
-    f.write(members[members['name'].argsort(kind='stable')].tobytes())
-
-def hash64(text):
-    return int.from_bytes(hashlib.sha256(text.encode(errors='replace')).digest()[:8], 'big')
-
-def map_index(path, build, dtype, suffix='index'):
-    """
-    The memory-mapped index of a file, PATH.index, or in the user's cache folder where that cannot be written. If there is
-    none, or the file has changed since, build(path, file) writes it.
-    """
-    status = os.stat(path)
-    header = struct.pack('<qq', status.st_size, status.st_mtime_ns)
-    path = os.path.abspath(path)
-    cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    candidates = [f'{path}.{suffix}', os.path.join(cache, 'glimpse', f'{hash64(path):x}.{suffix}')]
-    for index in filter(os.path.isfile, candidates):
-        # unlike np.memmap this keeps no file open: there may be thousands of archives
-        mapped = torch.from_file(index, False, os.path.getsize(index), dtype=torch.uint8).numpy()
-        if mapped[:len(header)].tobytes() == header:
-            return mapped[len(header):].view(dtype)
-    index = candidates[0] if os.access(os.path.dirname(path), os.W_OK) else candidates[1]
-    os.makedirs(os.path.dirname(index), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(index)) as folder:  # so that no half index is left
-        with open(os.path.join(folder, 'index'), 'wb') as f:
-            f.write(header)
-            build(path, f)
-        os.replace(f.name, index)
-    return map_index(path, build, dtype, suffix)
 
 # -----------------------------------------------------------------------------
 # an image becomes patches
@@ -1008,69 +820,6 @@ class Vision(nn.Module):
         for p in self.connector.net[-1].parameters():
             p.mul_(scale)
 
-class FeatureCache:
-    """cache[path] is (features float32 (L', C), grid (L', 2)). The folder's name is a hash of what the features depend on."""
-
-    def __init__(self, root, config, fingerprint):
-        size = config.max_image_tokens if is_native(config) else config.image_size
-        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, cell_size(config), size]
-        self.root = Path(root)  # the dataset's folder
-        self.folder = self.root / f'features-{hash64(json.dumps(made_by)):016x}'
-        self.finished = self.folder / 'finished'  # an empty file, written last
-
-    @classmethod
-    def find(cls, root, config, fingerprint):
-        """The finished cache that fits the model, or None. Without published weights features change with every step."""
-        cache = cls(root, config, fingerprint)
-        return cache if fingerprint and cache.finished.exists() else None
-
-    def file_for(self, path):
-        return self.folder / f'{hash64(os.path.relpath(path, self.root)):016x}.safetensors'
-
-    @torch.no_grad()
-    def fill(self, paths, model, batch_size):
-        """Stores what a frozen Vision makes of image files, in float16, or in bfloat16 where a feature is too large
-        for it. Files that are there already stay. Raises ValueError if the disk has no room for all.
-        """
-        self.folder.mkdir(exist_ok=True)
-        device = next(model.parameters()).device
-
-        def compute(paths):
-            images = [preprocess(image, model.config) for image in pool.map(load_image, paths)]
-            patches, grid = collate(images, model.config)
-            features, valid = model.features(patches.to(device), grid.to(device))  # (N, L', C), (N, L')
-            return [x[own].cpu() for x, own in zip(features, valid)]
-
-        with ThreadPoolExecutor(4) as pool:
-            length, width = compute(paths[:1])[0].shape
-            if is_native(model.config):
-                length = model.config.max_image_tokens  # at most
-            needed = len(paths) * length * width * 2 / 1e9
-            free = shutil.disk_usage(self.folder).free / 1e9
-            print(f'{len(paths)} images x {length} tokens x {width} x 2 bytes = {needed:.3f} GB in {self.folder}; '
-                  f'{free:.1f} GB are free', file=sys.stderr)
-            if needed > free:
-                raise ValueError(f'{needed:.1f} GB do not fit into {free:.1f} GB: make room, or pool '
-                                 '(--connector=pool)')
-            paths = [path for path in paths if not self.file_for(path).exists()]
-            for i in tqdm(range(0, len(paths), batch_size), unit='batch'):
-                batch = paths[i:i + batch_size]
-                for path, features in zip(batch, compute(batch)):
-                    half = features.half()
-                    half = half if half.isfinite().all() else features.bfloat16()
-                    file = self.file_for(path)
-                    save_file({'features': half}, f'{file}.part')
-                    os.replace(f'{file}.part', file)
-        self.finished.touch()
-
-    def __getitem__(self, path):
-        try:
-            features = load_file(self.file_for(path))['features'].float()
-        except FileNotFoundError:
-            raise ValueError(f'{path} is not among the features in {self.folder}: run "prepare_data.py features" again, '
-                             'or train with --feature_cache=False') from None
-        return features, torch.zeros(len(features), 2, dtype=torch.int64)
-
 def group_parameters(model):
     """{part: {name: parameter}} of a model: the parts that can have a learning rate each."""
     groups = {'vision': {}, 'qformer': {}, 'connector': {}, 'gpt': {}}
@@ -1159,7 +908,7 @@ class QFormerPretraining(nn.Module):
         return F.pad(targets.gather(1, order), (0, extra), value=-1)
 
     def forward(self, batch):
-        """Batch of prepare_data.collate -> {objective: its mean loss in nats, times the number of pairs}."""
+        """Batch of dataloader.collate -> {objective: its mean loss in nats, times the number of pairs}."""
         ids = self.captions(batch)                                              # (B, block_size)
         features, valid = self.vision.features(*batch['images'])
         losses = {}

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 
-import prepare_data  # noqa: E402
+import dataloader  # noqa: E402
 import render  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
@@ -80,14 +80,14 @@ def open_run(*words):
     scaler = torch.amp.GradScaler(dist_env.device_type, enabled=False)
     dtype = getattr(torch, dist_env.dtype)
     autocast = torch.autocast(dist_env.device_type, dtype, enabled=dtype != torch.float32)
-    examples = prepare_data.Examples(prepare_data.open_rows(config.dataset, 'train'), config, config.seed)
-    dataset = prepare_data.TokenizedExamples(examples, enc, model.config, config.loss_on)
+    examples = dataloader.Examples(dataloader.open_rows(config.dataset, 'train'), config, config.seed)
+    dataset = dataloader.TokenizedExamples(examples, enc, model.config, config.loss_on)
     print(f'{torch.get_num_threads()} threads, {dist_env.device_type}, {dist_env.dtype}, torch {torch.__version__}',
           file=sys.stderr)
 
     def batch(i):
         indices = range(i * config.batch_size, (i + 1) * config.batch_size)
-        return prepare_data.collate([dataset[j] for j in indices], model.config)
+        return dataloader.collate([dataset[j] for j in indices], model.config)
 
     def step(batch, model):
         return train.train_step(model, optimizers, scaler, [batch], autocast, config, dist_env, 0)
@@ -123,9 +123,9 @@ def quickstart():
 
 def report_generation(model, enc, examples, device, new_tokens=32):
     """Tokens per second after a batch of prompts, and after one."""
-    prompts = [prepare_data.tokenize(e, enc, model.config, prompt_only=True) for e in examples]
+    prompts = [dataloader.tokenize(e, enc, model.config, prompt_only=True) for e in examples]
     for name, used in ((f'{len(prompts)} prompts at once', prompts), ('one prompt', prompts[:1])):
-        batch = to_device(prepare_data.collate(used, model.config), device)
+        batch = to_device(dataloader.collate(used, model.config), device)
         generate = lambda batch=batch: model.generate(batch['idx'], new_tokens, 0, images=batch['images'],
                                                       lengths=batch['lengths'])
         report(f'generation, {name}', len(used) * new_tokens / median_seconds(generate, 5), 'tokens/s')
@@ -134,7 +134,7 @@ def report_generation(model, enc, examples, device, new_tokens=32):
 def report_drawing(config):
     """Lines and pages of text drawn per second."""
     rng = random.Random(0)
-    texts = [row['text'] for row in prepare_data.open_rows('pydoc', 'train')]
+    texts = [row['text'] for row in dataloader.open_rows('pydoc', 'train')]
     lines = SimpleNamespace(**{**vars(config), 'distort': 0.0})
     page_knobs = dict(one_line=False, image_width=448, image_height=448, min_chars=400, max_chars=600, font_min=12)
     pages = SimpleNamespace(**{**vars(lines), **page_knobs})
@@ -208,9 +208,9 @@ def packed():
         report(f'{name}: useful tokens', n_tokens / seconds, 'tokens/s')
         return n_tokens / seconds
 
-    padded_batches = [prepare_data.collate(documents[i:i + 16], config) for i in range(0, 16 * 13, 16)]
+    padded_batches = [dataloader.collate(documents[i:i + 16], config) for i in range(0, 16 * 13, 16)]
     stream = enumerate(itertools.cycle(documents))
-    packed_batches = list(itertools.islice(prepare_data.pack(stream, config, 4, 8), 13))
+    packed_batches = list(itertools.islice(dataloader.pack(stream, config, 4, 8), 13))
     padded_rate = measure('16 documents, padded', padded_batches)
     packed_rate = measure('4 rows of 1024, packed', packed_batches)
     report('    times as fast', 100 * packed_rate / padded_rate, '%')
@@ -240,7 +240,7 @@ def make_batch(images, n_image_tokens, n_text_tokens, n_target_tokens, image_tok
     idx = torch.cat([torch.full((rows, n_image_tokens), image_token), text], 1)
     targets = torch.where(idx == image_token, -1, idx)
     targets[:, :-n_target_tokens] = -1
-    return {'idx': idx, 'targets': targets, 'places': prepare_data.target_places(targets), 'images': images}
+    return {'idx': idx, 'targets': targets, 'places': dataloader.target_places(targets), 'images': images}
 
 
 def features():
@@ -314,7 +314,7 @@ def fsdp_row(*words):
     optimizers = train.configure_optimizers(model, config)
     parallel = train.DDP(model) if config.parallel == 'ddp' else model
     idx = torch.randint(0, 50257, (2, 256))
-    batch = to_device({'idx': idx, 'targets': idx, 'places': prepare_data.target_places(idx), 'images': None},
+    batch = to_device({'idx': idx, 'targets': idx, 'places': dataloader.target_places(idx), 'images': None},
                       dist_env.device)
     for _ in range(2):
         start = time.perf_counter()
@@ -355,9 +355,9 @@ def sft_row(rows, *words):
     scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dist_env.dtype == 'float16')
     autocast = torch.autocast(dist_env.device_type, getattr(torch, dist_env.dtype), enabled=dist_env.dtype != 'float32')
     documents = list(llava_like_documents(4 * rows, model_config))
-    batches = [prepare_data.collate(documents[i:i + rows], model_config) for i in range(0, len(documents), rows)]
+    batches = [dataloader.collate(documents[i:i + rows], model_config) for i in range(0, len(documents), rows)]
     if config.packing:
-        stream = prepare_data.pack(enumerate(itertools.cycle(documents)), model_config, max(1, rows // 2), config.max_images,
+        stream = dataloader.pack(enumerate(itertools.cycle(documents)), model_config, max(1, rows // 2), config.max_images,
                                    static_images=config.compile)
         batches = [next(stream) for _ in range(4)]
     runs = torch.compile(model) if config.compile else model
@@ -515,9 +515,9 @@ def rows(count):
         before = memory()
         for name in ('opened for the first time, every row checked', 'opened again'):
             start = time.perf_counter()
-            dataset = prepare_data.FileRows(path)
+            dataset = dataloader.FileRows(path)
             report(name, time.perf_counter() - start, 's', digits=2)
-        examples = prepare_data.Examples(dataset, SimpleNamespace(tasks='ocr', augment=''), seed=0)
+        examples = dataloader.Examples(dataset, SimpleNamespace(tasks='ocr', augment=''), seed=0)
         start = time.perf_counter()
         for i in range(100_000):
             examples[i]

@@ -17,8 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from dataloader import target_places  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from prepare_data import target_places  # noqa: E402
 
 torch.set_num_threads(1)  # faster than two at this size, and the same on every machine
 

@@ -15,10 +15,9 @@ import pytest
 from conftest import inside, refused, train
 from PIL import Image
 
-import prepare_data
-from prepare_data import is_held_out, open_rows
+import dataloader
+from dataloader import augment_image, is_held_out, load_image, open_rows
 from sample import caption_words, score_captions
-from vision import augment_image, load_image
 
 
 def image_bytes(color, image_format='JPEG', size=(40, 30)):
@@ -194,14 +193,14 @@ def test_only_training_images_are_augmented_each_time_differently(tmp_path):
     Image.linear_gradient('L').convert('RGB').save(tmp_path / 'a.png')
     rows = [{'text': '<image>A gradient.', 'images': [str(tmp_path / 'a.png')]}] * 3
     knobs = SimpleNamespace(tasks='ocr:1', augment='crop+color')
-    examples = prepare_data.Examples([dict(row) for row in rows], knobs, 5)
+    examples = dataloader.Examples([dict(row) for row in rows], knobs, 5)
     variants = [examples[i]['images'][0] for i in (0, 1, 2, 3, 4, 5)]
     assert len({image.tobytes() for image in variants}) == 6
-    again = prepare_data.Examples([dict(row) for row in rows], knobs, 5)
+    again = dataloader.Examples([dict(row) for row in rows], knobs, 5)
     assert [again[i]['images'][0].tobytes() for i in (5, 0)] == [variants[i].tobytes() for i in (5, 0)]
     with pytest.raises(ValueError, match="augment must be crop, color or crop.color, .* got 'flip'"):
-        prepare_data.Examples(rows, SimpleNamespace(tasks='ocr:1', augment='flip'), 5)
-    held_out = prepare_data.Examples(rows, knobs, 0, shuffle=False)
+        dataloader.Examples(rows, SimpleNamespace(tasks='ocr:1', augment='flip'), 5)
+    held_out = dataloader.Examples(rows, knobs, 0, shuffle=False)
     assert held_out[0]['images'] == [str(tmp_path / 'a.png')]
 
 

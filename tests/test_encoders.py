@@ -14,6 +14,7 @@ from conftest import ROOT, batch_of_ids, inside, make_model, optimizer_config, r
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
 
+import dataloader
 import vision
 from model import build_model, checkpoint_state, load_vision_from, published_fingerprint
 from sample import find_device
@@ -466,7 +467,7 @@ def test_interrupted_feature_cache_is_continued_and_an_outdated_one_is_not_used(
     for file in files[5:]:
         file.unlink()
     Path(f'{files[5]}.part').write_bytes(whole[files[5]][:100])
-    assert vision.FeatureCache.find(dataset, config, fingerprint) is None  # it is not complete
+    assert dataloader.FeatureCache.find(dataset, config, fingerprint) is None  # it is not complete
     files[0].write_bytes(b'stored before')
     process = inside('prepare_data.py', *words)
     assert process.returncode == 0, process.stderr
@@ -475,15 +476,15 @@ def test_interrupted_feature_cache_is_continued_and_an_outdated_one_is_not_used(
     assert set(folder.iterdir()) == set(whole)
     for file in files:  # a batch of another size may be rounded in another way
         torch.testing.assert_close(load_file(file)['features'], load(whole[file])['features'], atol=2e-3, rtol=2e-3)
-    cache = vision.FeatureCache.find(dataset, config, fingerprint)
+    cache = dataloader.FeatureCache.find(dataset, config, fingerprint)
     features, grid = cache[str(tmp_path / 'data' / 'images' / '3.png')]
     assert features.shape == (16, 48) and len(grid) == 16
     with pytest.raises(ValueError, match='not among the features'):
         cache['new.png']
     for changes in ({'vision_layer': -1}, {'image_fit': 'crop'}, {'vision_cls': True}, {'connector': 'pool'}):
-        assert vision.FeatureCache.find(dataset, dataclasses.replace(config, **changes), fingerprint) is None
-    assert vision.FeatureCache.find(dataset, config, 'another') is None
-    assert vision.FeatureCache.find(dataset, config, '') is None
+        assert dataloader.FeatureCache.find(dataset, dataclasses.replace(config, **changes), fingerprint) is None
+    assert dataloader.FeatureCache.find(dataset, config, 'another') is None
+    assert dataloader.FeatureCache.find(dataset, config, '') is None
 
 
 @pytest.mark.parametrize('extra, message', [

@@ -8,8 +8,8 @@ import torch
 from conftest import inside, make_model, read_log, tiny_config, train
 from PIL import Image
 
+from dataloader import IMAGE, IMAGE_MARKS, collate, get_tokenizer, tokenize
 from model import GPTConfig
-from prepare_data import IMAGE, IMAGE_MARKS, collate, get_tokenizer, tokenize
 
 BYTES = get_tokenizer('bytes')
 MARKED = get_tokenizer('bytes', image_marks=True)

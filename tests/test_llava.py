@@ -13,8 +13,9 @@ from conftest import inside, read_log, refused, train
 from PIL import Image, JpegImagePlugin
 
 import prepare_data
-from prepare_data import IMAGE, FileRows, get_tokenizer, is_held_out, json_rows, tokenize
-from vision import VisionConfig, load_image
+from dataloader import IMAGE, FileRows, get_tokenizer, is_held_out, load_image, tokenize
+from prepare_data import json_rows
+from vision import VisionConfig
 
 
 def turns(*texts):
@@ -283,9 +284,9 @@ def test_two_stages_from_a_text_model_to_an_answer(upstream):
     assert torch.load('sft/ckpt.pt', weights_only=True)['chat'] is True
 
 
-@pytest.mark.parametrize('config, command', [('vlm_sft', 'llava_instruct --image_dir'), ('vlm_align', 'llava_pretrain'),
+@pytest.mark.parametrize('config, command', [('vlm_sft', 'llava_instruct'), ('vlm_align', 'llava_pretrain'),
                                              ('vlm_cpu', 'shapes')])
 def test_a_recipe_without_its_data_names_the_command_that_prepares_it(upstream, config, command):
     root = Path(prepare_data.__file__).parent
     process = inside('train.py', root / 'config' / f'{config}.py', '--tokenizer=bytes')
-    refused(process, f'"python prepare_data.py {command}')
+    refused(process, f'"python prepare_data.py {command}"')

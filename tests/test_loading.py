@@ -8,8 +8,8 @@ import torch
 from conftest import batch_of_ids, inside, make_model, optimizer_config, read_log, refused, tiny_config, train
 from safetensors.torch import load_file, save_file
 
+from dataloader import get_tokenizer, open_rows
 from model import GPT, GPTConfig, build_model, load_model, read_checkpoint, read_weights
-from prepare_data import get_tokenizer, open_rows
 from train import configure_optimizers
 
 

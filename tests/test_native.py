@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import vision
+from dataloader import get_tokenizer, pack, tokenize
 from model import GPT
-from prepare_data import get_tokenizer, pack, tokenize
 from vision import complete_config, interpolate_positions
 
 SIZES = [(80, 40), (40, 80), (40, 30), (8, 8), (90, 21)]

@@ -14,9 +14,9 @@ import pytest
 from conftest import inside, read_log, refused, train
 from test_captions import image_bytes, shard
 
-import vision
-from prepare_data import open_rows, prepare_obelics
-from vision import load_image, web_name
+import prepare_data
+from dataloader import load_image, open_rows
+from prepare_data import prepare_obelics, web_name
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,8 +57,8 @@ class Handler(BaseHTTPRequestHandler):
 def web(tmp_path, monkeypatch):
     """The address of a server, with .requests: what it was asked for. The limits are those of a test."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vision, 'TIMEOUT', 1)
-    monkeypatch.setattr(vision, 'MAX_BYTES', 100_000)
+    monkeypatch.setattr(prepare_data, 'TIMEOUT', 1)
+    monkeypatch.setattr(prepare_data, 'MAX_BYTES', 100_000)
     monkeypatch.setattr(ThreadingHTTPServer, 'request_queue_size', 100)
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.requests = []
@@ -183,18 +183,18 @@ def test_an_interrupted_run_continues_with_the_same_counts(web, monkeypatch, cap
     assert counts == ['left out: 40 images, HTTP status 404', 'left out: 20 images, the image is broken']
     n_requests = len(web.requests)
     web.requests.clear()
-    fetch = vision.fetch_image
+    fetch = prepare_data.fetch_image
 
     def interrupted(url, path):
         if url.endswith('/40.jpg'):
             raise KeyboardInterrupt
         return fetch(url, path)
 
-    monkeypatch.setattr(vision, 'fetch_image', interrupted)
+    monkeypatch.setattr(prepare_data, 'fetch_image', interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_obelics('hub', val_every=4)
     assert len(web.requests) >= 80 and not Path('data/obelics/train.jsonl').exists()
-    monkeypatch.setattr(vision, 'fetch_image', fetch)
+    monkeypatch.setattr(prepare_data, 'fetch_image', fetch)
     prepare_obelics('hub', val_every=4)
     err = capsys.readouterr().err
     assert 'resuming after 40 rows' in err
@@ -208,7 +208,7 @@ def test_an_interrupted_run_continues_with_the_same_counts(web, monkeypatch, cap
 
 def test_a_dead_host_does_not_stop_the_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vision, 'TIMEOUT', 0.2)
+    monkeypatch.setattr(prepare_data, 'TIMEOUT', 0.2)
     dead = socket.create_server(('127.0.0.1', 0), backlog=100)  # takes a connection and says nothing
     host = f'127.0.0.1:{dead.getsockname()[1]}'
     write_parquet('x.parquet', [document(f'Number {i}.', f'http://{host}/{i}.jpg') for i in range(40)])
@@ -221,14 +221,14 @@ def test_a_dead_host_does_not_stop_the_others(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('url', ['file:///etc/hostname', 'ftp://a.example/x.jpg', 'data:image/png;base64,', 'http://', '//x'])
 def test_only_web_addresses_are_opened(tmp_path, monkeypatch, url):
-    monkeypatch.setattr(vision.urllib.request, 'urlopen', lambda *args, **kwargs: io.BytesIO(image_bytes('red')))
-    assert vision.fetch_image(url, tmp_path / 'x.jpg') == 'no http address'
+    monkeypatch.setattr(prepare_data.urllib.request, 'urlopen', lambda *args, **kwargs: io.BytesIO(image_bytes('red')))
+    assert prepare_data.fetch_image(url, tmp_path / 'x.jpg') == 'no http address'
 
 
 @pytest.mark.parametrize('url', ['http://[', 'http://a.example:port/x', f'http://{"a" * 99}.example/x', 'http://\x00/x',
                                  'http://a.example/\ud800'])
 def test_an_address_that_is_none_is_a_failed_image(tmp_path, url):
-    assert vision.fetch_image(url, tmp_path / 'x.jpg') == 'no connection'
+    assert prepare_data.fetch_image(url, tmp_path / 'x.jpg') == 'no connection'
 
 
 def test_the_hub_is_streamed(web, monkeypatch):

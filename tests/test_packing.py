@@ -10,9 +10,9 @@ import torch
 from conftest import LLAMA, inside, make_model, read_log, refused, tiny_config, train
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import prepare_data
+import dataloader
+from dataloader import collate, get_tokenizer, pack, tokenize
 from model import attend_in_blocks, document_block_mask, document_mask
-from prepare_data import collate, get_tokenizer, pack, tokenize
 from train import estimate_flops
 from vision import Image, preprocess
 
@@ -135,7 +135,7 @@ def test_97_percent_of_the_places_carry_a_token_and_every_document_is_packed_onc
         n_tokens += int((batch['idx'] >= 0).sum())
         n_places += batch['idx'].numel()
         state = batch['packing']
-        assert len(state['waiting']) == prepare_data.WAITING and state['left_out'] == 0
+        assert len(state['waiting']) == dataloader.WAITING and state['left_out'] == 0
         for row, docs in zip(batch['idx'], batch['docs']):
             lengths += [int((docs == number).sum()) for number in range(int(docs.max()) + 1)]
             assert (docs[1:] - docs[:-1])[docs[1:] >= 0].min() >= 0 and torch.equal(row >= 0, docs >= 0)
@@ -213,7 +213,7 @@ def test_another_number_of_processes_continues_and_says_what_is_left_out(tmp_pat
     assert train(tmp_path, *PACKED, '--max_iters=2').returncode == 0
     process = train(tmp_path, *PACKED, '--init_from=resume', '--max_iters=4', processes=2)
     assert process.returncode == 0, process.stderr
-    assert f'{prepare_data.WAITING} documents that waited for a row are left out' in process.stderr
+    assert f'{dataloader.WAITING} documents that waited for a row are left out' in process.stderr
     assert [iteration for iteration, *_ in losses(tmp_path)] == [1, 2, 3, 4]
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from prepare_data import ASSISTANT, END, IMAGE, USER, TokenizedExamples, collate, get_tokenizer, segments, tokenize
+from dataloader import ASSISTANT, END, IMAGE, USER, TokenizedExamples, collate, get_tokenizer, segments, tokenize
 from sample import reference, until_end
 
 BYTES = get_tokenizer('bytes')

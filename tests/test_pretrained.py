@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import render
 import sample
 import vision
+from dataloader import get_tokenizer, open_rows
 from model import GPT, GPTConfig, load_model, read_weights, to_hugging_face
-from prepare_data import get_tokenizer, open_rows
 from train import configure_optimizers
 
 transformers = pytest.importorskip('transformers')

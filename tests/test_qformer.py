@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import train as train_script
 import vision
 from configurator import configure
-from model import GPTConfig, QFORMER_TEXT, load_weights, read_blip2, read_weights, vision_of
+from model import QFORMER_TEXT, GPTConfig, load_weights, read_blip2, read_weights, vision_of
 from sample import image_caption_pairs, mean_cosine, recall, similarity
 from vision import QFormer, QFormerPretraining, sample_hard_negatives
 
@@ -147,7 +147,7 @@ def random_images(n, seed=2):
 
 
 def pair_batch(ids, images):
-    """A batch as prepare_data.collate makes it: the image's tokens, then the caption, which is in the loss."""
+    """A batch as dataloader.collate makes it: the image's tokens, then the caption, which is in the loss."""
     image_ids = torch.full((len(ids), 5), tiny_config().image_token)
     return batch_of_ids(torch.cat([image_ids, ids[:, :-1]], dim=1), F.pad(ids, (4, 0), value=-1), images)
 

@@ -20,13 +20,13 @@ import torch
 from conftest import inside, refused, tiny_config
 from PIL import Image, ImageOps
 
-import prepare_data
+import dataloader
 import render
 import vision
-from prepare_data import IMAGE, Examples, FileRows, is_held_out, open_rows, shuffled_index, to_example
+from dataloader import (IMAGE, Examples, FileRows, hash64, image_error, is_held_out, load_image, open_rows,
+                        read_bytes, shuffled_index, to_example)
 from render import parse_tasks
 from sample import held_out_examples
-from vision import hash64, image_error, load_image, read_bytes
 
 KNOBS = SimpleNamespace(tasks='ocr:1', one_line=True, font='', font_min=6, font_max=60, image_width=256, image_height=16,
                         min_chars=16, max_chars=32, min_span=60, max_span=120, infix_min=0.1, infix_max=0.4, distort=0.0,
@@ -209,7 +209,7 @@ def test_missing_and_unusable_datasets_are_named(tmp_path):
 def test_an_index_is_made_once_and_again_when_the_file_has_changed(tmp_path, monkeypatch):
     path = write_rows(tmp_path / 'train.jsonl', [{'text': f'row {i}'} for i in range(100)])
     checked = []
-    monkeypatch.setattr(prepare_data, 'to_example', lambda row, folder: checked.append(row) or to_example(row, folder))
+    monkeypatch.setattr(dataloader, 'to_example', lambda row, folder: checked.append(row) or to_example(row, folder))
     assert len(FileRows(path)) == 100 and len(checked) == 100
     rows = FileRows(path)
     assert len(rows) == 100 and len(checked) == 100 and rows[99]['text'] == 'row 99'

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import vision
-from prepare_data import tokenize
+from dataloader import tokenize
 from sample import Evaluation, map_across_ranks, mark_low_confidence, prompt_example, score, similarity
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, tiny_config
 from PIL import Image
 
-from prepare_data import ASSISTANT, END, IMAGE, USER, get_tokenizer, open_rows, segments, tokenize
+from dataloader import ASSISTANT, END, IMAGE, USER, get_tokenizer, open_rows, segments, tokenize
 
 transformers = pytest.importorskip('transformers')
 tokenizers = pytest.importorskip('tokenizers')

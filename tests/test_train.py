@@ -19,8 +19,8 @@ from PIL import Image
 import model as model_module
 import train as train_script
 from configurator import configure
+from dataloader import get_tokenizer, open_rows
 from model import GPT, GPTConfig
-from prepare_data import get_tokenizer, open_rows
 
 
 def weights(out_dir):
