@@ -53,13 +53,13 @@ USER, ASSISTANT, END = '<|user|>', '<|assistant|>', '<|endoftext|>'
 IMAGE_MARKS = ('<|vision_start|>', '<|vision_end|>')  # Qwen's names: its tokenizers keep their ids
 
 @contextlib.contextmanager
-def explain_errors(problem, advice):
-    """Turns any exception (parsers and hub clients have many of their own) into a ValueError of one sentence."""
+def explain_errors(problem, advice, error_class=ValueError):
+    """Turns any exception (parsers and hub clients have many of their own) into one of a single sentence."""
     try:
         yield
     except Exception as error:
         detail = f'{type(error).__name__}: {error}'.partition('\n')[0]
-        raise ValueError(f'{problem} ({detail}): {advice}') from error
+        raise error_class(f'{problem} ({detail}): {advice}') from error
 
 # -----------------------------------------------------------------------------
 # image files, also in archives, which are read in place and not kept open
@@ -69,11 +69,14 @@ MEMBER = np.dtype([('name', '<u8'), ('offset', '<i8'), ('size', '<i8'), ('method
 IN_TAR = 1 << 16  # `method` of a tar's members: they are not compressed, and have no checksum
 
 def load_image(source, draft=None):
-    """A path or PIL image -> RGB PIL image, upright, transparency on white. `draft`, a size, makes JPEGs faster.
-    Raises ValueError if there is no such file, or it is no image that can be read.
+    """A path, the bytes of a file or a PIL image -> RGB PIL image, upright, transparency on white. `draft`, a size, makes
+    JPEGs faster. Raises ValueError if there is no such file, or it is no image that can be read.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(read_bytes(str(source))))
+        image = source
+        if not isinstance(source, Image.Image):
+            data = source if isinstance(source, bytes) else read_bytes(str(source))
+            image = Image.open(io.BytesIO(data))
         if draft:
             image.draft('RGB', draft)
         image = ImageOps.exif_transpose(image)
@@ -86,12 +89,12 @@ def load_image(source, draft=None):
     except FileNotFoundError as error:
         raise ValueError(f'no image at {source}') from error
     except Exception as error:  # for a damaged file Pillow, zlib and struct raise nearly anything
-        raise ValueError(f'{source} is not an image that can be read: {error}') from error
+        raise ValueError(f'{str(source)[:200]} is not an image that can be read: {error}') from error
 
-def image_error(path):
+def image_error(source):
     """'' for an image that training can load, else the reason. The decision is load_image's."""
     try:
-        load_image(path, draft=(64, 64))
+        load_image(source, draft=(64, 64))
     except ValueError as error:
         is_missing = isinstance(error.__cause__, FileNotFoundError)
         return 'the image is missing' if is_missing else 'the image is broken'
@@ -162,8 +165,10 @@ def index_archive(path, f):
     members = np.array([(hash64(name), *rest) for name, *rest in rows], MEMBER)
     f.write(members[members['name'].argsort(kind='stable')].tobytes())
 
-def hash64(text):
-    return int.from_bytes(hashlib.sha256(text.encode(errors='replace')).digest()[:8], 'big')
+def hash64(data):
+    """The first 64 bits of the SHA-256 of a text or of bytes."""
+    data = data if isinstance(data, bytes) else data.encode(errors='replace')
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], 'big')
 
 def map_index(path, build, dtype, suffix='index'):
     """
@@ -304,7 +309,10 @@ LOOKS_LIKE_IMAGE = re.compile(r'(image|img|picture|photo|pic|jpe?g|png|webp|gif|
 ROLES = {'human': 'user', 'user': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'system': 'system'}
 
 def to_example(row, folder):
-    """A row of TRL, LLaMA-Factory or LLaVA -> an example, its images' paths joined to `folder`. ValueError if it is none."""
+    """A row of TRL, LLaMA-Factory or LLaVA, or a list of messages -> an example, its images' paths joined to `folder`.
+    ValueError if it is none.
+    """
+    row = {'messages': row} if isinstance(row, list) else row
     turns = isinstance(row, dict) and (row.get('conversations') or row.get('messages'))
     if not turns and not (isinstance(row, dict) and isinstance(row.get('text', 0), str | None)):
         raise ValueError(f'expected an object with "text" or "messages", got {str(row)[:60]}')

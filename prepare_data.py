@@ -9,6 +9,7 @@ Public datasets and your own files -> data/NAME/{train,val}.jsonl, in the format
 import dataclasses
 import functools
 import http.client
+import io
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import render
@@ -41,7 +43,7 @@ from render import IMAGE
 # commands that write a dataset
 
 def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
-    """Writes convert(row) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in threads,
+    """Writes convert(row, rng) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in threads,
     raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl, and so are the "failed_images" of an
     example, [(url, reason)]. Called again with the same arguments, it continues. Raises ValueError if a side is empty.
     """
@@ -49,59 +51,122 @@ def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
     folder.mkdir(parents=True, exist_ok=True)
     progress = folder / f'progress-{hash64(json.dumps([source, max_examples, val_every, *work])):x}'
     rows = enumerate(itertools.islice(rows, max_examples or None))
-    to_lines = functools.partial(convert_row, convert=convert, val_every=val_every)
+    to_lines = functools.partial(convert_row, convert=convert, folder=folder, val_every=val_every)
     try:
-        with open(progress, 'a+b') as f, ThreadPoolExecutor(8) as pool:
+        with open(progress, 'a+b') as f, ThreadPoolExecutor(8) as pool, tqdm(unit='row') as bar:
             f.seek(0)
             done = [len(line) for line in f if line.endswith(b'\n')]
             f.truncate(sum(done))
             if done:
                 print(f'resuming after {len(done)} rows', file=sys.stderr)
             rows = itertools.islice(rows, len(done), None)
-            for chunk in tqdm(iter(lambda: list(itertools.islice(rows, 1000)), []), unit='k rows'):
+            while chunk := list(itertools.islice(rows, 200)):
                 for lines in pool.map(to_lines, chunk):
                     f.write(json.dumps(lines).encode() + b'\n')
-        counts, failed_images = Counter(), Counter()
-        sides = ('train', 'val', 'skipped')
-        for side in sides:
-            with open(progress, encoding='utf-8') as f, open(folder / f'{side}.jsonl.part', 'w', encoding='utf-8') as part:
-                for row_side, row in itertools.chain.from_iterable(map(json.loads, f)):
-                    if row_side == side:
-                        print(json.dumps(row, ensure_ascii=False), file=part)
-                        counter = failed_images if 'failed_image' in row else counts
-                        counter[row.get('reason', side)] += 1
-        for reason in sorted(set(counts) - set(sides)):
-            print(f'skipped: {counts[reason]} rows, {reason}', file=sys.stderr)
-        for reason in sorted(failed_images):
-            print(f'left out: {failed_images[reason]} images, {reason}', file=sys.stderr)
+                bar.update(len(chunk))
+        counts = split_lines(progress, folder)
         if not counts['train'] or not counts['val']:
             raise ValueError(f'of {counts.total()} rows in {source}, {counts["train"]} are left to train on and '
                              f'{counts["val"]} to hold out: {folder}/skipped.jsonl.part lists why, or --val_every is too large')
     except ValueError:  # what has to be corrected may concern every row
         progress.unlink()
         raise
-    for side in sides:
+    for side in SIDES:
         (folder / f'{side}.jsonl.part').replace(folder / f'{side}.jsonl')
     for path in folder.glob('progress-*'):
         path.unlink()
     print(f'{folder}: {counts["train"]} examples to train on, {counts["val"]} held out', file=sys.stderr)
 
-def convert_row(numbered_row, convert, val_every):
-    """[(file, line)] of a row. Several captions of an image, "references", become an example each to train on."""
+SIDES = ('val', 'train', 'skipped')
+
+def split_lines(progress, folder):
+    """Writes the lines of each side to its file, and prints what was left out and why. Returns how many each side has."""
+    counts, failed_images = Counter(), Counter()
+    held_out, n_duplicates = set(), 0
+    for side in SIDES:
+        with open(progress, encoding='utf-8') as f, open(folder / f'{side}.jsonl.part', 'w', encoding='utf-8') as part:
+            for row_side, row, image_hashes in itertools.chain.from_iterable(map(json.loads, f)):
+                if row_side == side:
+                    print(json.dumps(row, ensure_ascii=False), file=part)
+                    counter = failed_images if 'failed_image' in row else counts
+                    counter[row.get('reason', side)] += 1
+                    if side == 'val':
+                        held_out.update(image_hashes)
+                    elif not held_out.isdisjoint(image_hashes):
+                        n_duplicates += 1
+    for reason in sorted(set(counts) - set(SIDES)):
+        print(f'skipped: {counts[reason]} rows, {reason}', file=sys.stderr)
+    for reason in sorted(failed_images):
+        print(f'left out: {failed_images[reason]} images, {reason}', file=sys.stderr)
+    if n_duplicates:
+        print(f'note: {n_duplicates} examples to train on have an image that is held out, too, byte for byte', file=sys.stderr)
+    return counts
+
+def convert_row(numbered_row, convert, folder, val_every):
+    """[(file, line, hashes of its images)] of a row. Several captions of an image, "references", become an example each to
+    train on. Images that are no files yet are written to folder/images.
+    """
     number, row = numbered_row
     try:
-        example = convert(row)
-        images = filter(os.path.isabs, example.get('images', ()))  # the others are convert's own
-        reason = next(filter(None, map(image_error, images)), '')
-        if reason:
-            raise ValueError(reason)
-    except ValueError as error:
-        return [('skipped', {'row': number, 'id': row.get('id'), 'image': row.get('image'), 'reason': str(error)})]
-    split = row.get('split') or ('val' if is_held_out(holdout_key(row), val_every) else 'train')
-    failed = [('skipped', {'row': number, 'failed_image': url, 'reason': reason})
+        example = convert(row, random.Random(number))
+        images = example.get('images', [])
+        # a relative path is one that convert has written itself
+        image_hashes = [check_image(image) for image in images if not isinstance(image, str) or os.path.isabs(image)]
+        if images:
+            example['images'] = [image if isinstance(image, str) else save_image(image, folder) for image in images]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f'a field is missing or of another type ({error})'
+        about = {key: row.get(key) for key in ('id', 'image') if isinstance(row.get(key), str | int)}
+        return [('skipped', {'row': number, **about, 'reason': reason}, [])]
+    key = holdout_key(row if images and isinstance(images[0], str) else example)
+    split = row.get('split') or ('val' if is_held_out(key, val_every) else 'train')
+    failed = [('skipped', {'row': number, 'failed_image': url, 'reason': reason}, [])
               for url, reason in example.pop('failed_images', [])]
     captions = example.pop('references', []) if split == 'train' else []
-    return [(split, {**example, 'text': IMAGE + caption}) for caption in captions] or [(split, example), *failed]
+    examples = [{**example, 'text': IMAGE + caption} for caption in captions] or [example]
+    return [(split, line, image_hashes) for line in examples] + failed
+
+def check_image(image):
+    """The hash of an image's file. Raises ValueError with the reason if training could not load it."""
+    data = image
+    if isinstance(image, str):
+        try:
+            data = read_bytes(image)
+        except FileNotFoundError:
+            raise ValueError('the image is missing') from None
+        except Exception:  # for a damaged archive zlib and struct raise nearly anything
+            raise ValueError('the image is broken') from None
+    reason = image_error(data)
+    if reason:
+        raise ValueError(reason)
+    return f'{hash64(data):016x}'
+
+def save_image(data, folder):
+    """Writes the bytes of an image's file to folder/images, once. Returns its path, relative to the folder."""
+    ending = Image.open(io.BytesIO(data)).format.lower()
+    path = Path('images', f'{hash64(data):016x}.{ending}')
+    part = folder / f'{path}.{threading.get_ident()}.part'  # other threads may write the same image
+    part.parent.mkdir(exist_ok=True)
+    part.write_bytes(data)
+    part.replace(folder / path)
+    return str(path)
+
+def questions_and_answers(turns):
+    """The messages of TRL's or LLaVA's turns: a system message, then questions and answers by turns. A first answer and a last
+    question are left out. Raises ValueError if there is nothing else, or a turn is empty.
+    """
+    try:
+        messages = [to_message(turn) for turn in turns]
+    except (TypeError, ValueError):
+        raise ValueError('no conversation of user and assistant') from None
+    roles = ''.join(message['role'][0] for message in messages)
+    match = re.fullmatch('(s?)a*((?:ua)+)u*', roles)
+    if not match:
+        raise ValueError('no questions and answers by turns')
+    messages = messages[slice(*match.span(1))] + messages[slice(*match.span(2))]
+    if not all(message['content'].strip() for message in messages if message['role'] != 'system'):
+        raise ValueError('an empty turn')
+    return messages
 
 def download(repository, file):
     """The local path of a file of a dataset on the hub, which is downloaded once."""
@@ -133,7 +198,7 @@ def prepare_text(
         with explain_errors(f'{source} is neither a file here nor a dataset that the hub gives us', 'check the name'):
             rows = datasets.load_dataset(source, subset or None, split='train', streaming=True)
     rows = (row for row in rows if isinstance(row.get('text'), str) and row['text'].strip())
-    convert = lambda row: {'text': row['text']}
+    convert = lambda row, rng: {'text': row['text']}
     write_dataset(name or Path(source).stem, rows, convert, source, max_examples, val_every, subset)
 
 def prepare_shapes(
@@ -147,7 +212,7 @@ def prepare_shapes(
     folder = Path('data', name)
     (folder / 'images').mkdir(parents=True, exist_ok=True)
 
-    def convert(row):
+    def convert(row, rng):
         held_out = row['split'] == 'val'
 
         def new_image(rng, count):
@@ -218,20 +283,9 @@ def json_rows(path):
             text = text[end:]
             count += 1
 
-def llava_example(row, image_dir, captions_only):
+def llava_example(row, rng, image_dir, captions_only):
     """A row of LLaVA's -> example. Raises ValueError with the reason why it is skipped."""
-    try:
-        turns = [to_message(turn) for turn in row['conversations']]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError('no conversation in the format of LLaVA') from None
-    roles = ''.join(turn['role'][0] for turn in turns)
-    # a system message, then questions and answers by turns; left out: a first answer, a last question
-    match = re.fullmatch('(s?)a*((?:ua)+)u*', roles)
-    if not match:
-        raise ValueError('no questions and answers by turns')
-    turns = turns[slice(*match.span(1))] + turns[slice(*match.span(2))]
-    if not all(turn['content'].strip() for turn in turns if turn['role'] != 'system'):
-        raise ValueError('an empty turn')
+    turns = questions_and_answers(row.get('conversations'))
     names = row.get('image') or []
     images = [os.path.join(image_dir, name) for name in ([names] if isinstance(names, str) else names)]
     example = {'messages': turns, 'images': images}
@@ -247,7 +301,7 @@ LLAVA = {
     'sharegpt4v': {'repository': 'Lin-Chen/ShareGPT4V', 'subset': 'sharegpt4v_instruct_gpt4-vision_cap100k'},
 }
 
-def to_caption_example(row):
+def to_caption_example(row, rng):
     """A row {'captions': [...], 'path': image} -> example. Raises ValueError without a caption."""
     captions = [' '.join(caption.split()) for caption in row['captions'] if isinstance(caption, str) and caption.strip()]
     if not captions:
@@ -391,7 +445,7 @@ def prepare_obelics(
     convert = functools.partial(obelics_example, folder=Path('data', name), image_dir=images)
     write_dataset(name, rows, convert, source or hub, max_examples, val_every, images)
 
-def obelics_example(row, folder, image_dir):
+def obelics_example(row, rng, folder, image_dir):
     """A row {'document': a row of OBELICS} -> example. Raises ValueError with the reason why it is skipped."""
     urls, texts = (row['document'].get(key) for key in ('images', 'texts'))
     if not isinstance(urls, list) or not isinstance(texts, list) or len(urls) != len(texts):

@@ -43,7 +43,7 @@ ROWS = [
     {'id': 15, 'image': 'gray.jpg'},
 ]
 REASONS = {4: 'the image is missing', 5: 'the image is broken', 10: '2 <image> places for 1 images',
-        11: '1 <image> places for 0 images', 12: 'an empty turn', 15: 'no conversation in the format of LLaVA'}
+        11: '1 <image> places for 0 images', 12: 'an empty turn', 15: 'no conversation of user and assistant'}
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_numbers_captions_and_empty_values_are_no_images():
 
 @pytest.mark.parametrize('row, message', [
     ({'txt': 'a'}, 'expected an object with "text" or "messages"'), ({'text': 3}, 'expected an object'),
-    ([1], 'expected an object'),
+    ([1], 'expected a message by'),
     ({'messages': []}, 'expected an object'), ({'messages': [{'role': 'robot', 'content': 'x'}]}, 'expected a message by'),
     ({'messages': [{'role': 'user', 'content': None}]}, 'expected a message'), ({'messages': ['Hi']}, 'expected a message'),
     ({'messages': [{'role': 'user', 'content': [{'type': 'image', 'image': 'a.png'}]}]}, 'expected a message'),
@@ -180,7 +180,7 @@ def test_parquet_with_conversations_and_with_images_inside(tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [
-    ('{"text": "a"}\n{"text": "b"\n', 'line 2 is not JSON'), ('{"text": "a"}\n[1, 2]\n', 'line 2: expected an object'),
+    ('{"text": "a"}\n{"text": "b"\n', 'line 2 is not JSON'), ('{"text": "a"}\n[1, 2]\n', 'line 2: expected a message by'),
     ('{"txt": "a"}\n', 'line 1: expected an object'), ('{"text": 3}\n', 'line 1: expected'), ('', 'has 0 rows'),
     ('\n\n', 'has 0 rows'), ('{"text": "ab\xff"', 'line 1 is not JSON'),
     ('{"text": "a"}\n\n{"text": "b", "img": "b.png"}\n', 'line 3: the key "img" looks like an image')])
