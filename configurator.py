@@ -14,10 +14,13 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import re
 import runpy
 import sys
+import textwrap
 from pathlib import Path
+
 
 def configure(knobs, config_class=None, argv=None):
     """Overrides the knobs in a script's globals() by config files and --key=value, in their order. Returns
@@ -41,9 +44,9 @@ def run_command(commands, argv=None):
     """Runs `SCRIPT NAME --key=value`: calls commands[NAME]; its keyword arguments are the knobs."""
     argv = sys.argv[1:] if argv is None else argv
     if asks_for_help(argv[:1]):
-        for name, function in commands.items():
-            summary = inspect.getdoc(unwrap(function)).partition('\n')[0]
-            print(f'{name:<16} {summary}')
+        for function, names in itertools.groupby(commands, key=lambda name: unwrap(commands[name])):
+            print('\n'.join(textwrap.wrap(', '.join(names), 110)))
+            print('        ' + inspect.getdoc(function).partition('\n')[0])
         print('\nNAME --help lists the knobs of a command')
         sys.exit(0)
     if not argv or argv[0] not in commands:

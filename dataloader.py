@@ -438,6 +438,86 @@ class Examples:
         return example
 
 # -----------------------------------------------------------------------------
+# a mixture of datasets
+
+SOURCE = re.compile(r'([^\s:@]+)(?:([:@])([0-9.]+))?(?::(all|assistant))?')
+
+@dataclasses.dataclass
+class Source:
+    """A dataset of a mixture: NAME:2 is shown twice in an epoch, NAME@0.2 is a fifth of the mixture, whatever its size."""
+    name: str
+    passes: float
+    share: float
+    loss_on: str  # '' is that of the run
+
+def parse_mixture(spec):
+    """'chartqa:1 smol-smoltalk:0.3:all data/mine@0.2' -> [Source]. ValueError if that is no mixture."""
+    sources = []
+    for word in spec.split():
+        match = SOURCE.fullmatch(word)
+        try:
+            name, kind, value, loss_on = match.groups()
+            amount = float(value or 1)
+        except (AttributeError, ValueError):
+            raise ValueError(f'dataset {spec!r}: expected NAME, NAME:PASSES or NAME@SHARE, each also with :all or :assistant '
+                             f'for what is in the loss, got {word!r}') from None
+        passes, share = (0.0, amount) if kind == '@' else (amount, 0.0)
+        if not amount or share >= 1 and ' ' in spec.strip():
+            raise ValueError(f'dataset {spec!r}: {word} must be above 0, and a share below 1')
+        sources.append(Source(name, passes, share, loss_on or ''))
+    if len({source.name for source in sources}) < max(1, len(sources)):
+        raise ValueError(f'dataset {spec!r}: expected one or more datasets, each once')
+    return sources
+
+def count_draws(sources, sizes):
+    """How many examples of each source an epoch has. A size is the number of a source's rows."""
+    shares = sum(source.share for source in sources)
+    counts = [round(source.passes * size) for source, size in zip(sources, sizes)]
+    if any(counts) and shares < 1:
+        total = sum(counts) / (1 - shares)
+    elif abs(shares - 1) < 1e-6:  # nothing says how long an epoch is: as long as all rows
+        total = sum(sizes)
+    else:
+        raise ValueError(f'the shares of a mixture are {shares:g} together: expected 1, or less beside NAME:PASSES')
+    return [max(1, count or round(source.share * total)) for source, count in zip(sources, counts)]
+
+def locate(position, counts):
+    """Draw number `position` of an epoch -> (source, number of the draw in the source), such that the draws of each source are
+    evenly spread: draw k of `count` comes at (2 k + 1) / (2 count) of the epoch; of equal times the first source is first.
+    """
+    def draws_before(i, k):
+        """How many draws come before draw k of source i."""
+        # those of source j with (2 m + 1) / count_j < (2 k + 1) / count_i; <= if it stands before i
+        odd, n = 2 * k + 1, counts[i]
+        return sum((odd * m - n + (2 * n if j < i else 2 * n - 1)) // (2 * n) for j, m in enumerate(counts) if j != i) + k
+
+    for i, count in enumerate(counts):
+        expected = position * count // sum(counts)
+        near = range(max(0, expected - len(counts) - 1), min(count, expected + len(counts) + 2))
+        k = near.start + bisect.bisect_left(near, position, key=lambda k, i=i: draws_before(i, k))
+        if k < near.stop and draws_before(i, k) == position:
+            return i, k
+
+class Mixture:
+    """The examples of several datasets, endlessly. Each goes through its own epochs: with 0.3 passes it shows another 30 % in
+    each epoch of the mixture. Takes no memory, and example i is a function of (seed, i).
+    """
+
+    def __init__(self, sources, rows, config, seed, length_warmup=0):
+        self.sources = sources
+        self.counts = count_draws(sources, list(map(len, rows)))
+        # length_warmup counts the examples of the mixture
+        self.examples = [Examples(part, config, seed, length_warmup=length_warmup * count // sum(self.counts))
+                         for part, count in zip(rows, self.counts)]
+
+    def __getitem__(self, i):
+        epoch, position = divmod(i, sum(self.counts))
+        number, draw = locate(position, self.counts)
+        example = self.examples[number][epoch * self.counts[number] + draw]
+        loss_on = self.sources[number].loss_on
+        return {'loss_on': loss_on, **example} if loss_on else example
+
+# -----------------------------------------------------------------------------
 # tokenizers
 
 MARK = '\ufdd0'  # a special token in a text to be encoded; Unicode reserves this code, so no text has it

@@ -6,15 +6,20 @@ Public datasets and your own files -> data/NAME/{train,val}.jsonl, in the format
     $ python prepare_data.py show --dataset=mine --index=3                       # an example, and what of it is in the loss
 """
 
+import bisect
 import dataclasses
 import functools
+import gzip
+import html
 import http.client
+import importlib.util
 import io
 import itertools
 import json
 import os
 import random
 import re
+import shutil
 import sys
 import tarfile
 import threading
@@ -22,11 +27,15 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import xml.etree.ElementTree as ET
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -34,18 +43,39 @@ from tqdm import tqdm
 import render
 import vision
 from configurator import run, run_command
-from dataloader import (VAL_EVERY, FeatureCache, dataset_folder, explain_errors, fit_document, get_tokenizer,
-                        hash64, holdout_key, image_error, is_held_out, list_files, load_image, map_members,
-                        open_rows, open_table, pack, place_images, read_bytes, scan_file, to_message, tokenize)
+from dataloader import (
+    VAL_EVERY,
+    FeatureCache,
+    dataset_folder,
+    explain_errors,
+    fit_document,
+    get_tokenizer,
+    hash64,
+    holdout_key,
+    image_error,
+    is_held_out,
+    list_files,
+    load_image,
+    map_members,
+    open_rows,
+    open_table,
+    pack,
+    place_images,
+    read_bytes,
+    scan_file,
+    to_example,
+    to_message,
+    tokenize,
+)
 from render import IMAGE
 
 # -----------------------------------------------------------------------------
 # commands that write a dataset
 
 def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
-    """Writes convert(row, rng) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in threads,
-    raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl, and so are the "failed_images" of an
-    example, [(url, reason)]. Called again with the same arguments, it continues. Raises ValueError if a side is empty.
+    """Writes convert(row, rng) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in
+    threads, raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl, and so are the
+    "failed_images" of an example, [(url, reason)]. Called again with the same arguments, it continues. Raises ValueError if a side is empty.
     """
     folder = Path('data', name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,6 +210,576 @@ def find_images(image_dir):
         with explain_errors(f'--image_dir={image_dir} does not exist, or is no archive', 'expected a folder, .zip or .tar'):
             map_members(path)
     return path
+
+# -----------------------------------------------------------------------------
+# public datasets: a function from an upstream row to an example, or ValueError with the reason why it is left out; and
+# where it needs more than `hub_rows`, a function that yields such rows. The table is DATASETS
+
+def question_example(image, question, answer, metric=''):
+    """A question about an image and its answer. `metric`, a name in sample.METRICS, scores answers; '': CER alone."""
+    messages = [{'role': 'user', 'content': f'{IMAGE}\n{question}'}, {'role': 'assistant', 'content': answer}]
+    example = {'messages': questions_and_answers(messages), 'images': [image_bytes(image)]}
+    return {**example, 'metric': metric} if metric else example
+
+def image_bytes(image):
+    """The bytes of an image in a row of `datasets`, which decodes none: {"bytes": ..., "path": ...}."""
+    data = image.get('bytes') if isinstance(image, dict) else image
+    if not data:
+        raise ValueError('the image is missing')
+    return data
+
+def hub_rows(source, subset, max_examples):
+    """The rows of a dataset on the hub, or of a folder with its files: those that are held out, at most one for ten to train
+    on, then those to train on. A dataset without a held-out split is divided by `convert_row`.
+    """
+    import datasets  # takes a second to import
+    if subset and os.path.isdir(os.path.join(source, subset)):
+        source, subset = os.path.join(source, subset), ''
+    advice = 'check the name and the connection, or use --source=FOLDER with its files; what was read is kept'
+    with explain_errors(f'{source} cannot be read', advice, OSError):
+        splits = datasets.load_dataset(source, subset or None, streaming=True)
+        held_out = next((name for name in ('validation', 'val', 'eval', 'test') if name in splits), None)
+        if held_out:
+            n_val = max(1, max_examples // 10) if max_examples else None
+            for row in itertools.islice(splits[held_out].decode(False), n_val):
+                yield {**row, 'split': 'val'}
+        for row in splits['auxiliary_train' if 'auxiliary_train' in splits else 'train'].decode(False):  # MMLU's name
+            yield {**row, 'split': 'train'} if held_out else row
+
+def source_file(source, repository, file):
+    """The path of a file of a dataset: in the folder `source`, or from the hub if there is none."""
+    if not source:
+        return download(repository, file)
+    path = os.path.join(source, file)
+    if not os.path.isfile(path):
+        raise ValueError(f'{path} does not exist: expected the files of {repository} in --source={source}')
+    return path
+
+def unzip_tar(path):
+    """The path of a .tar.gz as a .tar next to it, unpacked once: single members of a compressed one cannot be read."""
+    target = path.removesuffix('.gz')
+    if not os.path.exists(target):
+        problem = f'{path} is broken or cut off'
+        with explain_errors(problem, 'download it again'), gzip.open(path) as f, open(f'{target}.part', 'wb') as part:
+            shutil.copyfileobj(f, part, 1 << 24)
+        os.replace(f'{target}.part', target)
+    return target
+
+# pages
+
+OCR_PROMPTS = ('OCR this document.', 'Read the text on this page.', 'Transcribe this page.')
+
+class JoinedFiles(io.RawIOBase):
+    """The parts of a file, read as one."""
+
+    def __init__(self, paths):
+        self.files = [open(path, 'rb') for path in paths]
+        self.ends = list(itertools.accumulate(map(os.path.getsize, paths)))
+        self.position = 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.ends[-1]}[whence]
+        return self.position
+
+    def readinto(self, buffer):
+        i = bisect.bisect_right(self.ends, self.position)
+        if i == len(self.files):
+            return 0
+        start = self.ends[i - 1] if i else 0
+        self.files[i].seek(self.position - start)
+        n = self.files[i].readinto(memoryview(buffer)[:self.ends[i] - self.position])
+        self.position += n
+        return n
+
+# boxes of words: (x0, y0, x1, y1), with y downwards
+
+def mostly_inside(a, b):
+    """Whether more than half of the area of each of N boxes lies in each of M others, bool (N, M)."""
+    a = np.reshape(a, (-1, 1, 4)).astype(float)
+    b = np.reshape(b, (1, -1, 4)).astype(float)
+    sizes = a[..., 2:] - a[..., :2]                                                   # (N, 1, 2)
+    shared = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])  # (N, M, 2)
+    return shared.clip(0).prod(-1) > 0.5 * sizes.prod(-1)
+
+def group_lines(boxes):
+    """Splits text boxes (N, 4) of one column into lines: lists of indices, top to bottom, each left to right.
+    It compares the lower edges, which follow the baseline: large symbols overlap the lines above and below.
+    """
+    boxes = np.reshape(boxes, (-1, 4))
+    order = np.argsort(boxes[:, 3], kind='stable')
+    height = np.median(boxes[:, 3] - boxes[:, 1])
+    starts = np.flatnonzero(np.diff(boxes[order, 3]) > height / 2) + 1
+    lines = np.split(order, starts)
+    return [sorted(line.tolist(), key=lambda i: boxes[i, 0]) for line in lines]
+
+# DocBank: its files go down the page across both columns, which is not the reading order
+
+PAGE = 1000   # boxes are in thousandths of the page's width and height
+GUTTER = 14   # the least width of the white between two columns: LaTeX's is 16, a space is 4 to 12
+BODY = ('paragraph', 'list', 'reference', 'abstract', 'section')  # a table has columns of its own
+
+def docbank_text(tsv):
+    """
+    The text of a DocBank page from its tokens, rows of 10 fields: token x0 y0 x1 y1 R G B font label.
+    One line for each printed line, and an empty line between paragraphs, which begin at a new label, a wide
+    gap, an indented line or the top of a column. ValueError for a damaged row and for a page without text.
+    """
+    words, boxes, labels = read_docbank(tsv)
+    lines = [column[line] for column in split_columns(boxes, labels) for line in group_lines(boxes[column])]
+    lefts = np.array([boxes[line[0], 0] for line in lines])
+    bottoms = np.array([np.median(boxes[line, 3]) for line in lines])
+    line_labels = [Counter(labels[line]).most_common(1)[0][0] for line in lines]
+    indents, steps = np.diff(lefts), np.diff(bottoms)
+    pitch = np.median(steps[steps > 0]) if (steps > 0).any() else 0
+    text = ' '.join(words[lines[0]])
+    for line, indent, step, label, last in zip(lines[1:], indents, steps, line_labels[1:], line_labels):
+        is_indented = label == 'paragraph' and 8 <= indent <= 40
+        is_new = label != last or not 0 < step <= 1.5 * pitch or is_indented
+        text += ('\n\n' if is_new else '\n') + ' '.join(words[line])
+    return text
+
+def read_docbank(tsv):
+    """The tokens without those for drawn lines and figures: words (N,), boxes int (N, 4), labels (N,)."""
+    lines = [line.rstrip('\r') for line in tsv.split('\n')]  # splitlines would split a token that has U+2028
+    rows = [line.split('\t') for line in lines if line]
+    if any(len(row) != 10 or not all(map(str.isdecimal, row[1:5])) for row in rows):
+        raise ValueError('a line of the page is not 10 fields')
+    rows = [row for row in rows if row[0].strip() and row[0] not in ('##LTLine##', '##LTFigure##')]
+    if not rows:
+        raise ValueError('it has no text')
+    boxes = np.array([list(map(int, row[1:5])) for row in rows]).clip(0, PAGE)
+    return np.array([row[0] for row in rows], object), boxes, np.array([row[9] for row in rows])
+
+def split_columns(boxes, labels):
+    """The tokens as arrays of indices, one for each column, in reading order. On a page with two
+    columns, each stretch between full-width lines is read down the left and then down the right column.
+    """
+    gutter = find_gutter(boxes[np.isin(labels, BODY)])
+    if gutter is None:
+        return [np.arange(len(boxes))]
+    across = (boxes[:, 2] > gutter) & (boxes[:, 0] < gutter + GUTTER)
+    full_width = covered_rows(boxes[across], margin=3)  # a superscript can be a little outside of its line
+    # a line at the edge of the page with white below or above it is a running head or foot
+    filled = np.flatnonzero(covered_rows(boxes))
+    whites = np.flatnonzero(np.diff(filled) > np.median(boxes[:, 3] - boxes[:, 1]))
+    if len(whites):
+        head_end, foot_start = filled[whites[0]] + 1, filled[whites[-1] + 1]
+        full_width[:head_end] |= head_end < 0.1 * PAGE
+        full_width[foot_start:] |= foot_start > 0.9 * PAGE
+    middle = ((boxes[:, 1] + boxes[:, 3]) // 2).clip(max=PAGE - 1)
+    stretch = np.cumsum(np.diff(full_width, prepend=False))[middle]
+    is_right = (boxes[:, 0] > gutter) & ~full_width[middle]
+    column = 2 * stretch + is_right
+    return [np.flatnonzero(column == value) for value in np.unique(column)]
+
+def find_gutter(boxes):
+    """The left end of the white strip between two columns of boxes (N, 4): that with text on both sides in
+    the most rows of the page. None if more rows have text across it.
+    """
+    xs = range(350, 650, 2)
+    scores = []
+    for x in xs:
+        is_left, is_right = boxes[:, 2] <= x, boxes[:, 0] >= x + GUTTER
+        across = covered_rows(boxes[~is_left & ~is_right])
+        both = covered_rows(boxes[is_left]) & covered_rows(boxes[is_right]) & ~across
+        scores.append(both.sum() - across.sum())
+    best = [x for x, score in zip(xs, scores) if score == max(scores)]
+    return best[len(best) // 2] if max(scores) > 0 else None
+
+def covered_rows(boxes, margin=0):
+    """Which rows of the page have a box, bool (PAGE,)."""
+    starts = np.bincount((boxes[:, 1] - margin).clip(0), minlength=PAGE + 1)
+    ends = np.bincount((boxes[:, 3] + margin).clip(max=PAGE), minlength=PAGE + 1)
+    return np.cumsum(starts - ends)[:PAGE] > 0
+
+def docbank_rows(source, subset, max_examples):
+    """Pages of DocBank: a .zip in ten parts with BASE_ori.jpg and one with BASE.txt."""
+    repository = DATASETS['docbank'].repository
+    if source:
+        names = sorted(path.name for path in Path(source).glob('DocBank_500K_ori_img.zip.*'))
+    else:
+        names = [f'DocBank_500K_ori_img.zip.{i:03}' for i in range(1, 11)]
+    parts = [source_file(source, repository, name) for name in names or ['DocBank_500K_ori_img.zip.001']]
+    with explain_errors('the archives of DocBank are broken, or a part is missing', 'download them again'):
+        images = zipfile.ZipFile(io.BufferedReader(JoinedFiles(parts)))
+        texts = zipfile.ZipFile(source_file(source, repository, 'DocBank_500K_txt.zip'))
+        image_names = {Path(name).name: name for name in images.namelist()}
+    for name in texts.namelist():
+        if name.endswith('.txt'):
+            image_name = image_names.get(f'{Path(name).stem}_ori.jpg')
+            yield {'id': name, 'text': lambda name=name: texts.read(name),
+                   'image': lambda image_name=image_name: image_name and images.read(image_name)}
+
+def docbank_example(row, rng):
+    try:
+        image, text = row['image'](), row['text']()
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        raise ValueError('a member of the archive is broken') from None
+    return question_example(image, rng.choice(OCR_PROMPTS), docbank_text(text.decode(errors='replace')), 'edit_similarity')
+
+def olmocr_rows(source, subset, max_examples):
+    """Rows of olmOCR-mix, with the path of the page's PDF in its tar."""
+    repository = DATASETS['olmocr'].repository
+    for row in hub_rows(source or repository, subset, max_examples):
+        archive, _, name = str(row.get('pdf_relpath')).rpartition(':')
+        if archive:
+            row['pdf'] = f'{unzip_tar(source_file(source, repository, archive))}/{name}'
+        yield row
+
+def olmocr_example(row, rng):
+    if row['primary_language'] != 'en':
+        raise ValueError('it is not English')
+    text = (row['natural_text'] or '').strip()
+    if not 50 <= len(text) <= 10_000:
+        raise ValueError('its text has less than 50 or more than 10,000 characters')
+    prompts = OCR_PROMPTS
+    if row['is_table']:
+        prompts = ('Transcribe this page with its tables.', 'Read this page. Write its tables in Markdown.')
+    elif row['is_diagram']:
+        prompts = ('Transcribe this page with its diagrams.', 'Read the text on this page and in its diagrams.')
+    try:
+        pdf = read_bytes(row['pdf'])
+    except FileNotFoundError:
+        raise ValueError('the PDF is missing') from None
+    return question_example(draw_pdf(pdf, row['rotation_correction'] or 0), rng.choice(prompts), text, 'edit_similarity')
+
+PDFIUM = threading.Lock()  # pdfium does not work in several threads
+
+def draw_pdf(data, rotation):
+    """The first page of a PDF at 150 dpi, turned clockwise by `rotation` degrees, as the bytes of a PNG."""
+    import pypdfium2
+    try:
+        with PDFIUM:
+            page = pypdfium2.PdfDocument(data)[0]
+            image = page.render(scale=150 / 72).to_pil()  # a point is 1/72 inch
+    except pypdfium2.PdfiumError:
+        raise ValueError('the PDF is broken') from None
+    out = io.BytesIO()
+    image.rotate(-rotation, expand=True).save(out, 'PNG')
+    return out.getvalue()
+
+# charts, tables, formulas
+
+def plotqa_example(row, rng):
+    """The data of a plot as a Markdown table: a row for each x, a column for each series."""
+    try:
+        series = json.loads(row['text'])
+    except ValueError:
+        raise ValueError('its text is not JSON') from None
+    columns = {}
+    for one in series:
+        x, y = one['x'], one['y']
+        if not any(isinstance(value, str) for value in x) and any(isinstance(value, str) for value in y):
+            x, y = y, x  # horizontal bars
+        if not x or len(x) != len(y):
+            raise ValueError('a series has no values, or not one for each x')
+        columns[str(one.get('label') or one.get('name'))] = dict(zip(map(str, x), y))
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [['', *columns], ['---'] * (1 + len(columns))]
+    for name in names:
+        values = [column.get(name, '') for column in columns.values()]
+        rows.append([name, *(f'{value:g}' if isinstance(value, (int, float)) else str(value) for value in values)])
+    prompt = rng.choice(('Write the data of this plot as a table.', 'Convert this plot to a Markdown table.',
+                         'Which values does this plot show?'))
+    return question_example(row['image'], prompt, '\n'.join(f'| {" | ".join(cells)} |' for cells in rows))
+
+def chartqa_example(row, rng):
+    return question_example(row['image'], row['query'], row['label'][0], 'relaxed_accuracy')
+
+def figureqa_example(row, rng):
+    """All questions about a figure, as one conversation."""
+    example = question_example(row['image'], row['qa'][0]['question'], str(row['qa'][0]['answer']), 'yes_no')
+    for turn in row['qa'][1:]:
+        example['messages'] += [{'role': 'user', 'content': turn['question']},
+                                {'role': 'assistant', 'content': str(turn['answer'])}]
+    example['messages'] = questions_and_answers(example['messages'])
+    return example
+
+def read_voc(xml_bytes):
+    """The objects of a PASCAL VOC annotation as [(label, box)], in pixels. ValueError for a damaged one."""
+    sides = ('xmin', 'ymin', 'xmax', 'ymax')
+    objects = []
+    try:
+        root = ET.fromstring(xml_bytes)
+        if root.tag != 'annotation':
+            raise ValueError(f'its root is <{root.tag}>')
+        for item in root.iter('object'):
+            box = tuple(float(item.find('bndbox').find(side).text) for side in sides)
+            objects.append((item.find('name').text.strip(), box))
+    except (ET.ParseError, LookupError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError('the annotation is not VOC XML') from error
+    return objects
+
+def table_html(objects, words):
+    """
+    objects  [(label, box)], as from read_voc
+    words    [{"bbox": box, "text": "..."}], as in PMC..._words.json; words outside the table are left out
+
+    The grid is rows x columns, and spanning cells merge the grid cells that they cover. Written as in
+    PubTabNet: the cells of header rows are <td> in a <thead>, as its metric, TEDS, reads text and spans of
+    <td> alone (Table Transformer writes <th>). A projected row header is a <td> over all columns.
+    ValueError for a table without rows or columns.
+    """
+    rows = sorted(select_boxes(objects, 'table row'), key=lambda box: box[1] + box[3])
+    columns = sorted(select_boxes(objects, 'table column'), key=lambda box: box[0] + box[2])
+    if not rows or not columns:
+        raise ValueError('a table without rows or columns')
+    in_header = mostly_inside(rows, select_boxes(objects, 'table column header')).any(1)
+    n_head = [*in_header, False].index(False)
+    spanning = select_boxes(objects, 'table spanning cell', 'table projected row header')
+    cells = merge_cells(rows, columns, spanning, n_head)
+    boxes = [(columns[c0][0], rows[r0][1], columns[c1 - 1][2], rows[r1 - 1][3]) for r0, c0, r1, c1 in cells]
+    outline = np.array([*select_boxes(objects, 'table'), *rows, *columns])
+    outline = [*outline[:, :2].min(0), *outline[:, 2:].max(0)]
+
+    trs = [''] * len(rows)
+    for (r0, c0, r1, c1), text in zip(cells, cell_texts(boxes, words, outline)):
+        colspan = f' colspan="{c1 - c0}"' if c1 - c0 > 1 else ''
+        rowspan = f' rowspan="{r1 - r0}"' if r1 - r0 > 1 else ''
+        trs[r0] += f'<td{colspan}{rowspan}>{html.escape(text, quote=False)}</td>'
+    trs = [f'<tr>{tds}</tr>' for tds in trs]
+    thead = f'<thead>{"".join(trs[:n_head])}</thead>' if n_head else ''
+    tbody = f'<tbody>{"".join(trs[n_head:])}</tbody>' if n_head < len(trs) else ''
+    return f'<table>{thead}{tbody}</table>'
+
+def select_boxes(objects, *labels):
+    return [box for label, box in objects if label in labels]
+
+def merge_cells(rows, columns, spanning, n_head):
+    """The cells as sorted (r0, c0, r1, c1), ends exclusive. Of overlapping spanning boxes the first wins."""
+    grid = [(column[0], row[1], column[2], row[3]) for row in rows for column in columns]
+    taken = np.zeros((len(rows), len(columns)), bool)
+    cells = []
+    for covered in mostly_inside(grid, spanning).T:
+        r, c = np.nonzero(covered.reshape(taken.shape))
+        r = r[(r < n_head) == (r[:1] < n_head)]  # HTML has no cell that reaches from <thead> into <tbody>
+        if not len(r):
+            continue
+        r0, c0, r1, c1 = r.min(), c.min(), r.max() + 1, c.max() + 1
+        if not taken[r0:r1, c0:c1].any():
+            taken[r0:r1, c0:c1] = True
+            cells.append((r0, c0, r1, c1))
+    cells += [(r, c, r + 1, c + 1) for r, c in zip(*np.nonzero(~taken))]
+    return sorted(cells)
+
+def cell_texts(boxes, words, outline):
+    """The text of each cell. A word goes by its center: the cell with most of it has that, else the nearest."""
+    boxes = np.array(boxes, float)
+    members = [[] for _ in boxes]
+    for word in words:
+        center = np.reshape(word['bbox'], (2, 2)).mean(0)
+        if (center >= outline[:2]).all() and (center <= outline[2:]).all():
+            distance = np.maximum(boxes[:, :2] - center, center - boxes[:, 2:]).clip(0).sum(1)
+            members[distance.argmin()].append(word)
+    texts = []
+    for cell in members:
+        lines = group_lines([word['bbox'] for word in cell]) if cell else []
+        text = ' '.join(cell[i]['text'] for line in lines for i in line)
+        texts.append(' '.join(text.split()))
+    return texts
+
+def pubtables_rows(source, subset, max_examples):
+    """Tables of PubTables-1M: a tar of images and one of annotations for each split, and one with all words."""
+    repository = DATASETS['pubtables'].repository
+    prefix = 'PubTables-1M-Structure'
+    archive = lambda name: unzip_tar(source_file(source, repository, f'{prefix}_{name}.tar.gz'))
+    words = archive('Table_Words')
+    for split, name in (('val', 'Val'), ('train', 'Train')):
+        annotations, images = archive(f'Annotations_{name}'), archive(f'Images_{name}')
+        with explain_errors(f'{images} is broken or cut off', 'download it again'), tarfile.open(images) as tar:
+            names = [member.name for member in tar if member.name.endswith('.jpg')]
+        if split == 'val' and max_examples:
+            names = names[:max(1, max_examples // 10)]
+        for name in names:
+            base = Path(name).stem
+            yield {'id': base, 'image': os.path.abspath(f'{images}/{name}'), 'split': split,
+                   'annotation': f'{annotations}/{base}.xml', 'words': f'{words}/{base}_words.json'}
+
+def pubtables_example(row, rng):
+    try:
+        objects = read_voc(read_bytes(row['annotation']))
+        words = json.loads(read_bytes(row['words']))
+    except FileNotFoundError:
+        raise ValueError('its annotation or its words are missing') from None
+    prompt = rng.choice(('Convert this table to HTML.', 'Write this table as HTML.', 'What is the HTML of this table?'))
+    return question_example(row['image'], prompt, table_html(objects, words), 'teds')
+
+def formula_example(row, rng):
+    formula = re.sub(r'^\s*\\begin\{align\*\}|\\end\{align\*\}\s*$', '', row['latex_formula']).strip()
+    prompt = rng.choice(('Write this formula in LaTeX.', 'Convert this formula to LaTeX.',
+                         'What is the LaTeX of this formula?'))
+    return question_example(row['image'], prompt, formula)
+
+# conversations and texts
+
+def hub_example(row, rng):
+    """A row with "images" or "image", and "texts" (The Cauldron, FineVision), "messages" or "conversations"."""
+    images = row.get('images') or row.get('image') or []
+    turns = row.get('messages') or row.get('conversations')
+    if not turns:
+        pairs = [(('user', text['user']), ('assistant', text['assistant'])) for text in row['texts']]
+        turns = [{'role': role, 'content': content} for pair in pairs for role, content in pair]
+    example = {'messages': questions_and_answers(turns),
+               'images': list(map(image_bytes, images if isinstance(images, list) else [images]))}
+    place_images(example, len(example['images']))
+    return example
+
+def mmlu_example(row, rng):
+    choices = '\n'.join(f'- {choice}={letter}' for choice, letter in zip(row['choices'], 'ABCD'))
+    question = f'{row["question"]}\n{choices}\nAnswer with the letter only.'
+    messages = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': 'ABCD'[row['answer']]}]
+    return {'messages': questions_and_answers(messages), 'metric': 'letter'}
+
+def gsm8k_example(row, rng):
+    """Its <<48/2=24>> become calls of a calculator if the model has one: --calculator."""
+    messages = [{'role': 'user', 'content': row['question']}, {'role': 'assistant', 'content': row['answer']}]
+    return {'messages': questions_and_answers(messages), 'metric': 'final_number'}
+
+def text_example(row, rng):
+    if not row['text'].strip():
+        raise ValueError('it has no text')
+    return {'text': row['text']}
+
+def wikitext_rows(source, subset, max_examples):
+    """WikiText's articles; upstream a row is a line, and an article begins with the line " = Its title = "."""
+    begins = re.compile(r'\s*= [^=].* =\s*')
+    article, split = [], ''
+    for row in hub_rows(source or DATASETS['wikitext'].repository, subset, 20 * max_examples):  # as long as many are
+        if article and (begins.fullmatch(row['text']) or row.get('split') != split):
+            yield {'text': ''.join(article), 'split': split}
+            article = []
+        split = row.get('split')
+        article.append(row['text'] if row['text'].endswith('\n') else row['text'] + '\n')
+    if article:
+        yield {'text': ''.join(article), 'split': split}
+
+def json_lines(source, subset, max_examples):
+    """The lines of .jsonl files. A damaged one is left out and counted; one of your own you would rather correct."""
+    files = list_files(source, ('.jsonl',)) if source else []
+    if not files:
+        raise ValueError(f'expected --source=FILE_OR_FOLDER with .jsonl files, got {source!r}')
+    for path in files:
+        with open(path, encoding='utf-8', errors='replace') as f:
+            yield from ({'text': line, 'folder': str(path.parent.absolute())} for line in f if line.strip())
+
+def json_example(row, rng):
+    """A line that is an array of messages, or an object in our format."""
+    try:
+        example = to_example(json.loads(row['text']), row['folder'])
+    except json.JSONDecodeError:
+        raise ValueError('the line is not JSON') from None
+    if 'messages' in example:
+        example['messages'] = questions_and_answers(example['messages'])
+    return example
+
+@dataclasses.dataclass
+class Dataset:
+    """A public dataset. Rows and gigabytes are those upstream; '?' where they are not known here."""
+    teaches: str
+    repository: str       # on the hub
+    n_rows: str
+    gigabytes: str
+    license: str
+    convert: object       # (row, rng) -> example
+    subset: str = ''      # its configuration on the hub; None: the user has to name one
+    rows: object = None   # (source, subset, max_examples) -> rows with what `convert` needs; None: hub_rows
+    needs: str = ''       # a package that is not installed with glimpse
+
+DATASETS = {
+    'docbank': Dataset('reading pages of papers', 'liminghao1630/DocBank', '500K', '51', 'apache-2.0',
+                       docbank_example, rows=docbank_rows),
+    'olmocr': Dataset('reading PDFs, also scanned ones', 'allenai/olmOCR-mix-1025', '270K', '?', 'odc-by',
+                      olmocr_example, '00_documents', olmocr_rows, 'pypdfium2'),
+    'plotqa': Dataset('plots to tables', 'achang/plot_qa', '157K', '?', 'cc-by-4.0', plotqa_example),
+    'chartqa': Dataset('questions about charts', 'HuggingFaceM4/ChartQA', '28K', '1.0', 'gpl-3.0', chartqa_example),
+    'figureqa': Dataset('yes-no questions about plots', 'vikhyatk/figureqa', '100K', '?', '?', figureqa_example),
+    'pubtables': Dataset('tables to HTML', 'bsmock/pubtables-1m', '854K', '?', 'cdla-permissive-2.0',
+                         pubtables_example, rows=pubtables_rows),
+    'latex-formulas': Dataset('formulas to LaTeX', 'OleehyO/latex-formulas', '552K', '?', 'openrail',
+                              formula_example, 'cleaned_formulas'),
+    'finevision': Dataset('24M rows of all kinds, by subset', 'HuggingFaceM4/FineVision', '24M', '?', 'by subset',
+                          hub_example, None),
+    'cauldron': Dataset('50 datasets, by subset', 'HuggingFaceM4/the_cauldron', '?', '?', 'by subset', hub_example, None),
+    'smol-smoltalk': Dataset('conversation, for small models', 'HuggingFaceTB/smol-smoltalk', '460K', '~1', 'apache-2.0',
+                             hub_example),
+    'smoltalk': Dataset('conversation', 'HuggingFaceTB/smoltalk', '1.04M', '~2', 'apache-2.0', hub_example, 'all'),
+    'mmlu': Dataset('multiple choice', 'cais/mmlu', '100K', '~0.05', 'mit', mmlu_example, 'all'),
+    'gsm8k': Dataset('word problems, with a calculator', 'openai/gsm8k', '7.5K', '~0.005', 'mit', gsm8k_example, 'main'),
+    'wikitext': Dataset('text: articles of Wikipedia', 'Salesforce/wikitext', '29K', '~0.3', 'cc-by-sa-3.0',
+                        text_example, 'wikitext-103-raw-v1', wikitext_rows),
+    'tinystories': Dataset('text: simple stories', 'roneneldan/TinyStories', '2.12M', '~1', 'cdla-sharing-1.0', text_example),
+    'fineweb-edu': Dataset('text: the educational web', 'HuggingFaceFW/fineweb-edu', '10B tokens', '~28', 'odc-by',
+                           text_example, 'sample-10BT'),
+    'hub': Dataset('any set of images and conversations', '', '', '', '', hub_example),
+    'custom_json': Dataset('conversations of your own', '', '', '', '', json_example, rows=json_lines),
+}
+
+def prepare_public(
+    command,
+    source='',       # OWNER/NAME on the hub, or a folder with the files of the dataset; '' is its own repository
+    subset='',       # its configuration on the hub; '' is that of the table
+    name='',         # the dataset is written to data/NAME; '' takes the command's name
+    max_examples=0,  # stop after as many rows; 0: all
+    val_every=100,   # one row of so many is held out, unless the dataset has a held-out part of its own
+):
+    """Writes a public dataset to data/NAME/{train,val}.jsonl, its images to data/NAME/images, unless they lie in a .tar.
+
+    Rows that are damaged or do not fit are counted and listed in skipped.jsonl. Called again after a stop, it continues.
+    """
+    dataset = DATASETS[command]
+    if dataset.needs and not importlib.util.find_spec(dataset.needs):
+        raise ValueError(f'{command} needs {dataset.needs}: pip install {dataset.needs}')
+    if not source and not dataset.repository:
+        raise ValueError(f'expected --source=…: {dataset.teaches}')
+    subset = subset or dataset.subset
+    if subset is None:
+        raise ValueError(f'expected --subset=NAME: https://huggingface.co/datasets/{dataset.repository} lists them')
+    if dataset.rows:
+        rows = dataset.rows(source, subset, max_examples)
+    else:
+        rows = hub_rows(source or dataset.repository, subset, max_examples)
+    write_dataset(name or command, rows, dataset.convert, source or dataset.repository, max_examples, val_every, subset)
+
+# those with a command of their own, in the order of `list`
+OTHERS = {
+    'llava_instruct': ('conversations about COCO\'s images', '158K', '0.2 + 19', 'cc-by-4.0', '--image_dir=coco/train2017'),
+    'llava_pretrain': ('captions', '558K', '27', 'other', ''),
+    'llava_cc3m': ('captions', '595K', '6.7', 'that of CC3M', ''),
+    'sharegpt4v': ('long captions', '102K', '?', 'cc-by-nc-4.0', '--image_dir=FOLDER'),
+    'coco_captions': ('captions, five of an image', '118K', '19', 'cc-by-4.0', '--source=annotations --image_dir=coco'),
+    'cc3m': ('captions', '2.9M', '?', 'that of CC3M', ''),
+    'obelics': ('web documents with images', '141M', '?', 'cc-by-4.0', ''),
+    'text': ('text of any dataset or file', '', '', '', '--source=OWNER/NAME'),
+    'shapes': ('questions about drawn shapes', '40K', '0.06', '', ''),
+    'sums': ('drawn-up sums, with a calculator', '20K', '0.01', '', ''),
+}
+
+def list_datasets():
+    """Prints all datasets: what each teaches, its size, its license, its command."""
+    rows = [('', 'teaches', 'rows', 'GB', 'license', 'command')]
+    for name, dataset in DATASETS.items():
+        knobs = '' if dataset.repository else ' --source=...'
+        if dataset.subset is None:
+            knobs = ' --subset=...'
+        rows.append((name, dataset.teaches, dataset.n_rows, dataset.gigabytes, dataset.license, name + knobs))
+    rows += [(name, *about, f'{name} {knobs}') for name, (*about, knobs) in OTHERS.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print('\nThe command is what follows "python prepare_data.py"; with --max_examples=1000 it writes a small part to\n'
+          'data/. GB are those of the download, images included; ~ is from memory, ? is not known here.')
+    for name, dataset in DATASETS.items():
+        if dataset.needs:
+            print(f'{name} needs {dataset.needs}: pip install {dataset.needs}')
+
+# -----------------------------------------------------------------------------
+# datasets with a command of their own
 
 def prepare_text(
     source='',           # a dataset of the hub, or a .txt, .jsonl or .parquet file, or a folder of them
@@ -535,6 +1135,7 @@ def show_example(
     print(f'as an image: {out}', file=sys.stderr)
 
 COMMANDS = {
+    'list': list_datasets, **{command: functools.partial(prepare_public, command) for command in DATASETS},
     'text': prepare_text, 'shapes': prepare_shapes, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,
     **{command: functools.partial(prepare_llava, command, **defaults) for command, defaults in LLAVA.items()},
     'obelics': prepare_obelics, 'features': store_features, 'show': show_example,

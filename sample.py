@@ -38,8 +38,21 @@ from tqdm import tqdm
 
 import render
 from configurator import configure, run
-from dataloader import (ASSISTANT, IMAGE, Examples, FileRows, TooLong, collate, get_tokenizer, image_error,
-                        load_image, open_rows, tokenize)
+from dataloader import (
+    ASSISTANT,
+    IMAGE,
+    Examples,
+    FileRows,
+    TooLong,
+    collate,
+    count_draws,
+    get_tokenizer,
+    image_error,
+    load_image,
+    open_rows,
+    parse_mixture,
+    tokenize,
+)
 from model import build_model, read_weights, to_hugging_face
 from vision import QFormerPretraining
 
@@ -58,7 +71,7 @@ top_p = 1.0              # sample from the most likely tokens that hold this pro
 seed = 1337
 logprobs = False         # mark each word to which the model gave less than half the probability: [word?]
 chat = 'auto'            # yes: the prompt is a turn; no: it is a text to continue; auto: as in training
-eval = ''                # a .jsonl file or a dataset: evaluate the model on it, as train.py does
+eval = ''                # a .jsonl file, a dataset or several: evaluate the model on it, as train.py does
 eval_samples = 512       # examples to answer, or images and captions to compare, in an evaluation
 batch_size = 0           # examples at a time, in an evaluation or a folder; 0: as in training
 export = ''              # a new folder to write the model to
@@ -420,6 +433,50 @@ class Evaluation:
         sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
         return result, sheet, table
 
+class MixtureEvaluation:
+    """An Evaluation of each source of a mixture. val_loss is the mean of theirs, each weighed by its share of the mixture."""
+
+    def __init__(self, sources, config, enc, model, dist_env):
+        sizes = [len(open_rows(source.name, 'train')) for source in sources]
+        counts = count_draws(sources, sizes)
+        self.shares = [count / sum(counts) for count in counts]
+        per_source = lambda total: math.ceil(total / len(sources))  # so that an evaluation takes as long as that of one
+        common = {**vars(config), 'eval_iters': per_source(config.eval_iters), 'eval_samples': per_source(config.eval_samples)}
+        self.evaluations = {}
+        for source in sources:
+            own = {**common, 'dataset': source.name, 'loss_on': source.loss_on or config.loss_on}
+            self.evaluations[source.name] = Evaluation(SimpleNamespace(**own), enc, model, dist_env)
+        for evaluation in list(self.evaluations.values())[1:]:
+            evaluation.texts = []  # text_loss is measured once
+
+    def run(self, model, autocast):
+        """As Evaluation.run; what it measures on each source is in result['sources'][its name]."""
+        results, sheets, table = {}, [], []
+        for name, evaluation in self.evaluations.items():
+            results[name], sheet, rows = evaluation.run(model, autocast)
+            sheets += [sheet] if sheet else []
+            table += [{'source': name, **row} for row in rows]
+        result = {'val_loss': sum(share * own['val_loss'] for share, own in zip(self.shares, results.values()))}
+        for own in results.values():
+            if 'text_loss' in own:
+                result['text_loss'] = own.pop('text_loss')
+        sheet = render.stack(sheets, 1, render.MARGIN) if sheets else None
+        return {**result, 'sources': results}, sheet, table
+
+def open_evaluation(config, enc, model, dist_env, cache=None):
+    """The evaluation of config.dataset, a dataset or a mixture of several."""
+    sources = parse_mixture(config.dataset)
+    if len(sources) == 1:
+        own = {**vars(config), 'dataset': sources[0].name, 'loss_on': sources[0].loss_on or config.loss_on}
+        return Evaluation(SimpleNamespace(**own), enc, model, dist_env, cache)
+    return MixtureEvaluation(sources, config, enc, model, dist_env)
+
+def describe(result):
+    """The figures of an evaluation on a line, those of a mixture's sources on one each."""
+    line = ', '.join(f'{name} {value:.4g}' for name, value in result.items() if name != 'sources')
+    sources = result.get('sources', {}).items()
+    return '\n'.join([line, *(f'    {name}: {describe(own)}' for name, own in sources)])
+
 def map_across_ranks(work, items, size, dist_env):
     """Concatenates the lists work(items[i:i + size]) of all i; each rank does its share of the calls."""
     starts = range(dist_env.rank * size, len(items), dist_env.world_size * size)
@@ -576,9 +633,11 @@ def evaluate(model, enc, config, autocast):
         config.tasks = 'text'
     config.dataset = eval
     config.eval_samples = eval_samples
-    is_file = eval.endswith('.jsonl') and os.path.isfile(eval)
-    held_out = Examples(FileRows(eval), config, seed=0, shuffle=False) if is_file else None
-    evaluation = Evaluation(config, enc, model, ONE_PROCESS, held_out=held_out)
+    if eval.endswith('.jsonl') and os.path.isfile(eval):
+        held_out = Examples(FileRows(eval), config, seed=0, shuffle=False)
+        evaluation = Evaluation(config, enc, model, ONE_PROCESS, held_out=held_out)
+    else:
+        evaluation = open_evaluation(config, enc, model, ONE_PROCESS)
     result, sheet, table = evaluation.run(model, autocast)
     write_results('eval', table, sheet)
     print(json.dumps(result))

@@ -38,12 +38,30 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, knobs_of, run
-from dataloader import (Examples, FeatureCache, TokenizedExamples, collate, dataset_folder, get_tokenizer,
-                        is_plain_text, open_rows, pack)
-from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
-                   read_weights, vision_of)
+from dataloader import (
+    FeatureCache,
+    Mixture,
+    TokenizedExamples,
+    collate,
+    dataset_folder,
+    get_tokenizer,
+    is_plain_text,
+    open_rows,
+    pack,
+    parse_mixture,
+)
+from model import (
+    GPTConfig,
+    build_model,
+    checkpoint_state,
+    load_vision_from,
+    new_model,
+    published_fingerprint,
+    read_weights,
+    vision_of,
+)
 from render import parse_tasks
-from sample import Evaluation, all_gather, best_dtype, find_device, note, to_device
+from sample import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device
 from vision import VisionConfig, complete_config
 
 # -----------------------------------------------------------------------------
@@ -66,13 +84,14 @@ wandb_log = False
 wandb_project = 'glimpse'
 wandb_run_name = ''
 # data
-dataset = 'pydoc'              # pydoc, a file or folder of text, or data/NAME (prepare_data.py list)
+dataset = 'pydoc'              # pydoc, a file or folder of text, data/NAME (prepare_data.py list); several of them as
+#                                'chartqa:1 gsm8k:0.3:all pydoc@0.2': passes of each in an epoch, or @ its share
 text_dataset = ''              # plain text for text_loss; '' takes the dataset's own, pydoc for conversations
 tokenizer = ''                 # bytes, gpt2, the path of a nanoGPT meta.pkl, words.txt or tokenizer.json, OWNER/NAME
 #                                on the hub; '' takes that of init_from, and bytes from scratch
 system_prompt = 'auto'         # system message of conversations without one; auto: as the chat template does
 tasks = 'ocr:1'                # what plain text becomes: ocr, continuation, text; with weights 'ocr:0.8 text:0.2'
-loss_on = 'assistant'          # of conversations: the assistant's messages are in the loss; or all
+loss_on = 'assistant'          # of conversations: the assistant's messages are in the loss; or all text
 gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
 batch_size = 12                # examples, or packed rows, in a micro-batch
 block_size = 1024              # positions of a sequence; an image takes one
@@ -554,13 +573,13 @@ def stop_workers():
     for process in multiprocessing.active_children():
         process.kill()
 
-def open_loader(rows, config, enc, model_config, dist_env, iter_num, packing, cache):
+def open_loader(sources, rows, config, enc, model_config, dist_env, iter_num, packing, cache):
     """This rank's micro-batches from step iter_num on: of those of a step, every world_size-th. With config.packing they
     are packed rows of every world_size-th example, and `packing` says with which to go on.
     """
     accumulation = config.gradient_accumulation_steps
     size = config.batch_size
-    examples = Examples(rows, config, config.seed, length_warmup=config.length_warmup_iters * accumulation * size)
+    examples = Mixture(sources, rows, config, config.seed, config.length_warmup_iters * accumulation * size)
     dataset = TokenizedExamples(examples, enc, model_config, config.loss_on, cache)
     atexit.register(stop_workers)
     make_loader = functools.partial(torch.utils.data.DataLoader, dataset, num_workers=config.num_workers,
@@ -680,8 +699,9 @@ def main():
     torch.manual_seed(config.seed)
 
     # data and model
-    rows = open_rows(config.dataset, 'train')  # first of all: a missing dataset shows at once
-    is_chat = 'messages' in rows[0] or is_plain_text(rows[0]) and 'ocr' in parse_tasks(config.tasks)
+    sources = parse_mixture(config.dataset)
+    rows = [open_rows(source.name, 'train') for source in sources]  # first of all: a missing dataset shows at once
+    is_chat = any('messages' in part[0] or is_plain_text(part[0]) and 'ocr' in parse_tasks(config.tasks) for part in rows)
     raw_model, enc, checkpoint = init_model(config)
     if config.checkpoint_activations:
         recompute_activations(raw_model)
@@ -704,8 +724,8 @@ def main():
             p.data = p.data.to(dtype)
     cache = None
     # with FSDP an encoder runs on all processes or on none, and a batch without images runs it
-    if config.feature_cache and not config.augment and config.parallel == 'ddp':
-        cache = FeatureCache.find(dataset_folder(config.dataset), raw_model.config, published_fingerprint(raw_model))
+    if config.feature_cache and not config.augment and config.parallel == 'ddp' and len(sources) == 1:
+        cache = FeatureCache.find(dataset_folder(sources[0].name), raw_model.config, published_fingerprint(raw_model))
     if cache:
         note(f'using cached features from {cache.folder}')
     scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dtype == torch.float16)
@@ -722,8 +742,8 @@ def main():
     packing = packing_state(checkpoint, config, dist_env)
     checkpoint = None  # free its memory
 
-    evaluation = Evaluation(config, enc, raw_model, dist_env, cache)
-    loader = open_loader(rows, config, enc, raw_model.config, dist_env, iter_num, packing, cache)
+    evaluation = open_evaluation(config, enc, raw_model, dist_env, cache)
+    loader = open_loader(sources, rows, config, enc, raw_model.config, dist_env, iter_num, packing, cache)
     log = Log(config, iter_num) if dist_env.rank == 0 else None
     model = torch.compile(raw_model) if config.compile else raw_model
     if dist_env.ddp and config.parallel == 'ddp':
@@ -767,7 +787,7 @@ def main():
                     result, sheet, _ = evaluation.run(raw_model, autocast)
                 if log:
                     log.write({'iter': iter_num, 'eval': result, 'elapsed_s': round(time.time() - started, 1)})
-                    tqdm.write(f'step {iter_num}: ' + ', '.join(f'{k} {v:.4g}' for k, v in result.items()), file=sys.stderr)
+                    tqdm.write(f'step {iter_num}: {describe(result)}', file=sys.stderr)
                     if sheet:
                         sheet.save(os.path.join(config.out_dir, 'samples.png'))
                 if result['val_loss'] < best_val_loss and iter_num > 0 and not config.eval_only:
