@@ -51,6 +51,8 @@ from render import IMAGE, TASKS, parse_tasks
 
 USER, ASSISTANT, END = '<|user|>', '<|assistant|>', '<|endoftext|>'
 IMAGE_MARKS = ('<|vision_start|>', '<|vision_end|>')  # Qwen's names: its tokenizers keep their ids
+# of an answer's <<48/2=24>>, which is how GSM8K writes the call of a calculator: for "<<", "=" and ">>"
+CALL_MARKS = CALL, RESULT, END_CALL = '<|call|>', '<|result|>', '<|end_call|>'
 
 @contextlib.contextmanager
 def explain_errors(problem, advice, error_class=ValueError):
@@ -546,6 +548,7 @@ class Tokenizer:
     files: tuple = ()     # the paths of a published tokenizer, which an export copies
     characters: str = ''  # the only characters with an id; '': all have one
     image_marks: tuple = ()  # the special tokens before and after an image
+    calculator: bool = False  # whether CALL_MARKS are among the special tokens
 
     def __post_init__(self):
         self.image_id = self.special[IMAGE]
@@ -619,8 +622,9 @@ class Tokenizer:
         return self.backend.decode(ids)
 
     def allowed_ids(self, vocab_size):
-        """bool (vocab_size,): the ids that may be generated: all but <image>, its marks, <|user|> and <|assistant|>."""
-        prompt_only = (IMAGE, *self.image_marks, USER, ASSISTANT)
+        """bool (vocab_size,): the ids that may be generated: all but <image>, its marks, <|user|>, <|assistant|> and
+        <|end_call|>, which the calculator writes."""
+        prompt_only = (IMAGE, *self.image_marks, USER, ASSISTANT, END_CALL)
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
         allowed[self.text_ids] = True
         allowed[[i for token, i in self.special.items() if token not in prompt_only]] = True
@@ -637,9 +641,13 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids):
         return self.backend.decode(ids, skip_special_tokens=False)
 
-def get_tokenizer(name, system_prompt='auto', image_marks=False):
-    """A Tokenizer by name, with image_marks also of IMAGE_MARKS. ValueError for an unknown name or damaged files."""
+def get_tokenizer(name, system_prompt='auto', image_marks=False, calculator=False):
+    """A Tokenizer by name, with image_marks also of IMAGE_MARKS, with calculator of CALL_MARKS. ValueError for an unknown
+    name or damaged files.
+    """
     marks = IMAGE_MARKS if image_marks else ()
+    switches = dict(image_marks=marks, calculator=calculator)
+    marks += CALL_MARKS if calculator else ()
     pattern = r'(?s:.)'
     special, characters = {}, ''
     if name.endswith(('.pkl', '.txt', '.json')) and not os.path.isfile(name):
@@ -657,7 +665,7 @@ def get_tokenizer(name, system_prompt='auto', image_marks=False):
         ranks = read_words(name)
         pattern = r' ?[^\W\d_]+|(?s:.)'
     elif name.endswith('.json') or os.path.isdir(name) or name.count('/') == 1:  # OWNER/NAME on the hub
-        return read_hugging_face(name, system_prompt, marks)
+        return read_hugging_face(name, system_prompt, marks, switches)
     else:
         raise ValueError('tokenizer must be bytes, gpt2, the path of a meta.pkl, words.txt or tokenizer.json, or '
                          f'OWNER/NAME on the hub, got {name!r}')
@@ -667,7 +675,7 @@ def get_tokenizer(name, system_prompt='auto', image_marks=False):
     backend = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=with_mark)
     text_ids = list(ranks.values())
     names = {'eos_token': END}
-    return Tokenizer(name, backend, special, text_ids, system_prompt, names, characters=characters, image_marks=marks)
+    return Tokenizer(name, backend, special, text_ids, system_prompt, names, characters=characters, **switches)
 
 def read_meta(path):
     """{character as UTF-8: id} of a nanoGPT meta.pkl. A pickle can run code: this one may hold values only."""
@@ -689,7 +697,7 @@ def read_words(path):
     tokens = [bytes([i]) for i in range(256)] + [word.encode() for word in words]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
-def read_hugging_face(name, system_prompt, marks):
+def read_hugging_face(name, system_prompt, marks, switches):
     """The HuggingFaceTokenizer of a tokenizer.json, of a folder with it or of OWNER/NAME on the hub."""
     folder = Path(name)
     file_names = ['tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']
@@ -730,7 +738,7 @@ def read_hugging_face(name, system_prompt, marks):
     special = {token: backend.token_to_id(token) for token in special}
     text_ids = list({*backend.get_vocab().values()} - {*special.values()})
     backend.add_tokens([tokenizers.AddedToken(MARK, normalized=False)])
-    return HuggingFaceTokenizer(name, backend, special, text_ids, system_prompt, names, template, files, image_marks=marks)
+    return HuggingFaceTokenizer(name, backend, special, text_ids, system_prompt, names, template, files, **switches)
 
 # -----------------------------------------------------------------------------
 # example -> ids, targets, images
@@ -761,7 +769,7 @@ def render_chat(tokenizer, turns, prompt_only=False):
             is_answer = roles[piece] == 'assistant'
         is_special = piece in tokenizer.special
         out.append((piece, is_special, is_answer))
-        is_answer = is_answer and (not is_special or piece == IMAGE)
+        is_answer = is_answer and (not is_special or piece in (IMAGE, *CALL_MARKS))
     if sorted(numbers) != list(range(len(roles))):
         raise ValueError(f'{tokenizer.name}: its chat template leaves out a message or repeats one')
     return out
@@ -781,6 +789,8 @@ def compile_template(source):
     environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
     return environment.from_string(source)
 
+CALCULATION = re.compile('<<([^<>=]+)=([^<>=]*)>>')
+
 def conversation(example, tokenizer, prompt_only):
     """[(text, is_special, is_answer)] of a conversation. White space at the ends of a message is dropped."""
     messages = list(example['messages'])
@@ -790,13 +800,17 @@ def conversation(example, tokenizer, prompt_only):
         messages.pop()
     turns, texts = [], []
     for message in messages:
-        content = message['content'].strip()
-        pieces = content.split(IMAGE) if example.get('images') else [content]
-        for i, piece in enumerate(pieces):
-            if piece or len(pieces) == 1:
-                pieces[i] = SLOT.format(len(texts))
-                texts.append(piece)
-        turns.append((message['role'], IMAGE.join(pieces)))
+        content = NOT_TEXT.sub('\ufffd', message['content'].strip())
+        if example.get('images'):
+            content = content.replace(IMAGE, MARK + IMAGE + MARK)
+        if tokenizer.calculator and message['role'] == 'assistant':
+            content = CALCULATION.sub(MARK.join(['', CALL, r'\1', RESULT, r'\2', END_CALL, '']), content)
+        pieces = content.split(MARK)  # texts, with a special token between any two
+        for i in range(0, len(pieces), 2):
+            if pieces[i] or len(pieces) == 1:
+                texts.append(pieces[i])
+                pieces[i] = SLOT.format(len(texts) - 1)
+        turns.append((message['role'], ''.join(pieces)))
     chat = render_chat(tokenizer, tuple(turns), prompt_only)
     return [(piece if isinstance(piece, str) else texts[piece], *flags) for piece, *flags in chat]
 
@@ -808,8 +822,13 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
     if loss_on not in ('assistant', 'all', 'postfix'):
         raise ValueError(f'loss_on must be assistant or all, got {loss_on!r}')
     if 'messages' in example:
-        chat = conversation(example, tokenizer, prompt_only)
-        return [(text, is_special, is_answer or loss_on == 'all') for text, is_special, is_answer in chat]
+        out = []
+        is_computed = False
+        for text, is_special, is_answer in conversation(example, tokenizer, prompt_only):
+            out.append((text, is_special, not is_computed and (is_answer or loss_on == 'all')))
+            if is_special:  # what the calculator writes is not in the loss: its result, and the end of the call
+                is_computed = text == RESULT
+        return out
     image = [(IMAGE, True, False)]
     if 'filling' in example:  # '' has no id: the filling is encoded apart, so targets do not depend on it
         image = [('', True, False), (example['filling'], False, False), ('', True, False)]

@@ -60,6 +60,7 @@ class GPTConfig(VisionConfig):
     lora_alpha: float = 16.0  # the update is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.0
     lora_scope: str = 'all'   # image: the update acts from a document's first image on
+    calculator: bool = False  # <<48/2=24>> in an answer is a call: the model writes 48/2, the calculator 24
 
 def check_config(config):
     """Raises ValueError for a configuration that no GPT can have."""
@@ -396,7 +397,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
-                 stop_ids=(), allowed=None, generator=None, return_logprobs=False):
+                 stop_ids=(), allowed=None, generator=None, return_logprobs=False, tools=None):
         """Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode.
 
         images       as in `embed`; they are encoded once
@@ -404,6 +405,7 @@ class GPT(nn.Module):
         stop_ids     a row that has generated one of them is finished, and filled up with the first of them
         allowed      bool (vocab_size,): ids that may be generated; None: all but <image>
         temperature, top_k, top_p   as in `sample_token`; generator: a torch.Generator for temperature > 0
+        tools        {id: function(ids of a row up to it) -> ids that come next, instead of the model's own}
 
         Returns (B, T') int64: each row its prompt, its continuation, then padding (0 without stop_ids). A
         row also ends with its block_size positions. With return_logprobs also (B, T') log-probabilities in
@@ -430,6 +432,7 @@ class GPT(nn.Module):
         stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=idx.device)
         out = F.pad(idx.masked_fill(idx < 0, pad_id), (0, S - T), value=pad_id)  # (B, S)
         logprobs = torch.zeros((B, S), device=idx.device)
+        forced = [[] for _ in range(B)]  # what a tool has written, and is not in the row yet
         done = left <= 0
         while not done.all():
             mask = slots <= cache_pos[:, None, :, None]                         # (B, 1, T or 1, S)
@@ -439,6 +442,11 @@ class GPT(nn.Module):
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
             if return_logprobs:
                 logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
+            if tools:
+                new = [queue.pop(0) if queue else token for queue, token in zip(forced, new.tolist())]
+                for queue, token, row, end in zip(forced, new, out, lengths.tolist()):
+                    queue += tools[token]([*row[:end].tolist(), token]) if token in tools else []
+                new = torch.tensor(new, device=idx.device)
             new = new.masked_fill(done, pad_id)
             out[rows, lengths] = new
             left = (left - 1).masked_fill(torch.isin(new, stop_ids), 0)

@@ -75,7 +75,8 @@ from render import IMAGE
 def write_dataset(name, rows, convert, source, max_examples, val_every, *work):
     """Writes convert(row, rng) of at most max_examples rows to data/NAME/{train,val}.jsonl. Rows for which convert, in
     threads, raises ValueError, or whose images cannot be loaded, are listed in skipped.jsonl, and so are the
-    "failed_images" of an example, [(url, reason)]. Called again with the same arguments, it continues. Raises ValueError if a side is empty.
+    "failed_images" of an example, [(url, reason)]. Called again with the same arguments, it continues. Raises
+    ValueError if a side is empty.
     """
     folder = Path('data', name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1095,6 +1096,7 @@ def show_example(
     index=0,              # of the row
     loss_on='assistant',
     tokenizer='bytes',
+    calculator=False,     # <<48/2=24>> is a call of a calculator
     packed=False,         # a row of block_size tokens as packing makes it, of the examples from `index` on
     out='show.png',       # the image to write
 ):
@@ -1102,7 +1104,7 @@ def show_example(
 
     With --packed, all examples of a packed row and the mask of its attention: who attends (rows) to whom (columns).
     """
-    enc = get_tokenizer(tokenizer, image_marks=config.image_marks)
+    enc = get_tokenizer(tokenizer, image_marks=config.image_marks, calculator=calculator)
     config = dataclasses.replace(config, vision_encoder=config.vision_encoder or 'vit', image_token=enc.image_id)
     config = vision.complete_config(config)
     rows = open_rows(dataset, split)

@@ -14,17 +14,22 @@ What you do with a trained model: ask, chat, evaluate. The answer goes to stdout
     $ python sample.py --out_dir=out/mine --export=DIR                   # weights for other programs
 """
 
+import ast
 import csv
 import glob
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import sys
-from collections import ChainMap, Counter, deque
+from collections import ChainMap, Counter, defaultdict, deque
+from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,21 +43,8 @@ from tqdm import tqdm
 
 import render
 from configurator import configure, run
-from dataloader import (
-    ASSISTANT,
-    IMAGE,
-    Examples,
-    FileRows,
-    TooLong,
-    collate,
-    count_draws,
-    get_tokenizer,
-    image_error,
-    load_image,
-    open_rows,
-    parse_mixture,
-    tokenize,
-)
+from dataloader import (ASSISTANT, CALL_MARKS, IMAGE, Examples, FileRows, TooLong, collate, count_draws,
+                        get_tokenizer, image_error, load_image, open_rows, parse_mixture, tokenize)
 from model import build_model, read_weights, to_hugging_face
 from vision import QFormerPretraining
 
@@ -116,16 +108,48 @@ def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=
     images = batch['images'] if any(p['images'] for p in prompts) else None
     out, logprobs_of = model.generate(
         batch['idx'], temperature=temperature, images=images, lengths=batch['lengths'], stop_ids=enc.end_ids,
-        allowed=enc.allowed_ids(config.vocab_size).to(where), return_logprobs=True, **generation)
+        allowed=enc.allowed_ids(config.vocab_size).to(where), return_logprobs=True, tools=calculator_of(enc),
+        **generation)
     answers = []
     for row, p, start in zip(out.tolist(), logprobs_of.tolist(), batch['lengths'].tolist()):
         ids = until_end(enc, row[start:])
         text = enc.decode(ids)
+        for mark, plain in zip(CALL_MARKS, ('<<', '=', '>>')):
+            text = text.replace(mark, plain)
         if return_logprobs:
             p = p[start:start + len(ids) + 1]  # that it ends there is part of the answer, too
             text = text, sum(p) / max(1, len(p)), mark_low_confidence(enc, ids, p)
         answers.append(text)
     return answers
+
+def calculator_of(enc):
+    """`tools` of GPT.generate: after <|result|> the value of what stands before it comes, and <|end_call|>."""
+    if not enc.calculator:
+        return {}
+    call, result, end_call = (enc.special[mark] for mark in CALL_MARKS)
+
+    def write_result(ids):
+        start = len(ids) - ids[::-1].index(call) if call in ids else len(ids) - 1
+        return [*enc.encode(calculate(enc.decode(ids[start:-1]))), end_call]
+
+    return {result: write_result}
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.USub: operator.neg}
+
+def calculate(expression):
+    """The value of a sum like "(3+4)*2.5" as text; '' for what is none."""
+    def value(node):
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp):
+            return OPERATORS[type(node.op)](value(node.operand))
+        return float(node.value)
+
+    try:
+        return f'{value(ast.parse(expression.strip(), mode="eval").body):.10g}'
+    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, MemoryError):
+        return ''
 
 def until_end(enc, ids):
     """The ids before the first one that ends an answer or a text."""
@@ -174,6 +198,139 @@ def score_captions(predictions, examples):
 def caption_words(text):
     """Lower case, without punctuation. The usual tokenizer, the Penn Treebank's, is in Java."""
     return re.findall(r"\w+(?:['’]\w+)?", text.lower())
+
+# -----------------------------------------------------------------------------
+# scores that belong to a task: METRICS[name](prediction, reference) is between 0 (wrong) and 1 (right). A prediction
+# may be empty, broken or endless: no function here raises on it
+
+def relaxed_accuracy(prediction, reference):
+    """ChartQA's (https://arxiv.org/abs/2203.10244, section 5.1), computed as in pix2struct: a number may be
+    5 % off, "12%" is 0.12, and a year is a number. A reference of 0 and all else must match as text, except
+    for case. Unlike pix2struct, this one reads "1,234" as a number and ignores surrounding space.
+    """
+    prediction, reference = prediction.strip(), reference.strip()
+    found, expected = as_float(prediction), as_float(reference)
+    if found is not None and expected:
+        return float(abs(found - expected) / abs(expected) <= 0.05)
+    return float(prediction.lower() == reference.lower())
+
+def as_float(text):
+    if re.fullmatch(r'-?\d{1,3}(,\d{3})+(\.\d+)?\s*%?', text):
+        text = text.replace(',', '')
+    try:
+        number = float(text.rstrip('%')) / (100 if text.endswith('%') else 1)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None  # "nan" and "inf" are words
+
+def yes_no(prediction, reference):
+    """Is the first "yes" or "no" among the words of both the same?"""
+    def answer(text):
+        words = re.findall(r'[^\W\d_]+', text.lower())
+        return next((word for word in words if word in ('yes', 'no')), None)
+    return agree(answer(prediction), answer(reference))
+
+def letter(prediction, reference):
+    """Is the first capital letter that stands alone the same in both: "B", "(B)", "B. dog", "Answer: B"?
+    "A" and "I" before a word, as in "A cat", are English, not a choice, except in "The answer is A because".
+    """
+    english = r"(?<!(?i:answer|option|choice) )(?<!is )(?<!: )\b[AI](?=['’ ]\w)"
+    def answer(text):
+        match = re.search(r'(?<![\w-])[A-Z](?!-?\w)', re.sub(english, '', text))  # not the X of "X-ray"
+        return match and match[0]
+    return agree(answer(prediction), answer(reference))
+
+def final_number(prediction, reference):
+    """GSM8K's (https://arxiv.org/abs/2110.14168): the first number right after "####", otherwise the last one
+    of the text. Dollar signs and thousands separators do not count, and 72 is 72.0.
+    """
+    number = r'(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?'  # the minus of "10-3" is no sign
+    def answer(text):
+        text = text.replace('$', '')
+        found = re.findall(rf'####\s*({number})', text)[:1] or re.findall(number, text)[-1:]
+        return Decimal(found[0].replace(',', '')) if found else None
+    return agree(answer(prediction), answer(reference))
+
+def agree(found, expected):
+    return float(found is not None and found == expected)
+
+# pages and tables
+
+def edit_similarity(prediction, reference):
+    """1 - edit distance / length of the longer text: the normalized edit distance of OmniDocBench
+    (https://arxiv.org/abs/2412.07626), as a similarity. Two empty texts have 1.
+    """
+    return Levenshtein.normalized_similarity(prediction, reference)
+
+def teds(prediction, reference):
+    """Tree-Edit-Distance-based Similarity of the first HTML table of both (https://arxiv.org/abs/1911.10683):
+    1 - edits / nodes of the larger tree, without <table> as in PubTabNet's code; 0 if there is no table.
+    """
+    a, b = table_nodes(prediction), table_nodes(reference)
+    if not a or not b:
+        return 0.0
+    # endless output would take minutes: nodes more than 500 over the reference's count as deleted
+    kept = a[:-1][:len(b) + 500] + a[-1:]
+    edits = len(a) - len(kept) + tree_edit_distance(kept, b)
+    return max(0.0, 1 - edits / max(1, len(a) - 1, len(b) - 1))
+
+@dataclass
+class Node:
+    first: int  # where its subtree starts in the postorder
+    level: int
+    label: tuple  # (tag, colspan, rowspan)
+    text: str = ''
+
+LEVELS = {'thead': 1, 'tbody': 1, 'tfoot': 1, 'tr': 2, 'td': 3}  # below <table>, which is 0
+
+def table_nodes(html):
+    """Nodes of the first table in postorder, <table> last; [] if there is none. A th is a td, and tags not in
+    LEVELS are ignored. A tag of the same level or above ends one that was never closed, as in a browser.
+    """
+    table = re.search(r'<table\b[^<>]*>(.*?)(?:</table|\Z)', html, re.IGNORECASE | re.DOTALL)
+    if not table:
+        return []
+    nodes, parents = [], [Node(0, 0, ('table', '1', '1'))]
+    parts = re.split(r'<(/?)([a-z!]\w*)(?!\w)([^<>]*)>', ' '.join(table[1].split()), flags=re.IGNORECASE)
+    for slash, tag, attributes, text in zip(parts[1::4], parts[2::4], parts[3::4], parts[4::4]):
+        tag = 'td' if tag.lower() == 'th' else tag.lower()
+        if tag in LEVELS:
+            while parents[-1].level >= LEVELS[tag]:
+                nodes.append(parents.pop())
+            if not slash:
+                span = lambda name: (re.search(rf'{name}\W*(\d+)', attributes.lower()) or (None, '1'))[1]
+                parents.append(Node(len(nodes), LEVELS[tag], (tag, span('colspan'), span('rowspan'))))
+        if parents[-1].level == LEVELS['td']:
+            parents[-1].text += unescape(text)
+    return nodes + parents[::-1]
+
+def relabel_cost(a, b):
+    return 1 if a.label != b.label else Levenshtein.normalized_distance(a.text.strip(), b.text.strip())
+
+def tree_edit_distance(a, b):
+    """Zhang and Shasha's (https://doi.org/10.1137/0218082), of two trees as lists of nodes in postorder. A
+    node deleted or inserted costs 1. Takes about 8 * len(a) * len(b) steps.
+    """
+    def roots(nodes):  # of the subtrees that need a pass: the largest of those that start at the same node
+        return sorted({node.first: i for i, node in enumerate(nodes)}.values())
+    subtree = [[0] * len(b) for _ in a]  # [i][j]: distance of the subtrees of a[i] and b[j]
+    for root_a, root_b in itertools.product(roots(a), roots(b)):
+        start_a, start_b = a[root_a].first, b[root_b].first
+        forest = [list(range(root_b - start_b + 2))]  # [i][j]: distance of the first i nodes and the first j
+        for i in range(start_a, root_a + 1):
+            above, before, row = forest[-1], forest[a[i].first - start_a], [len(forest)]
+            for j in range(start_b, root_b + 1):
+                edits = min(above[j - start_b + 1], row[-1]) + 1
+                if a[i].first == start_a and b[j].first == start_b:
+                    edits = min(edits, above[j - start_b] + relabel_cost(a[i], b[j]))
+                    subtree[i][j] = edits
+                else:
+                    edits = min(edits, before[b[j].first - start_b] + subtree[i][j])
+                row.append(edits)
+            forest.append(row)
+    return subtree[-1][-1]
+
+METRICS = {f.__name__: f for f in (relaxed_accuracy, yes_no, letter, final_number, edit_similarity, teds)}
 
 # -----------------------------------------------------------------------------
 # retrieval: which caption belongs to which image?
@@ -242,7 +399,8 @@ class Evaluation:
         blank_loss     the same with every image white: what the model knows without the images
         shuffled_loss  the same with the images of other examples: what it does with mismatched images
         text_loss      plain held-out text; before the first step it is the reference for later ones
-        cer, exact     greedy answers compared with the truth; with "references" also bleu4, rouge_l, cider_d
+        cer, exact     greedy answers compared with the truth; with "references" also bleu4, rouge_l, cider_d,
+                       and the mean of each of METRICS that examples name as their "metric"
         pixels_loss, none_loss, infix_loss, R, R_blank, R_shuffled
                        task continuation: the postfix's loss after the image, without the infix, and with it
                        as text. R = (none - pixels) / (none - infix) is the pixel recovery: of the information
@@ -363,13 +521,18 @@ class Evaluation:
             result |= {**score(predictions, references), 'n': len(predictions)}
             if all(e.get('references') for e in self.questions):
                 result |= score_captions(predictions, self.questions)
-        table = []
+        table, scores = [], defaultdict(list)
         for example, prediction, truth in zip(self.questions, predictions, references):
             edits = Levenshtein.distance(prediction, truth)
             table.append({'index': len(table), 'image': image_names(example), 'reference': truth,
                           'prediction': prediction, 'edits': edits, 'exact': int(edits == 0)})
+            metric = example.get('metric')
+            if metric in METRICS:
+                table[-1]['score'] = METRICS[metric](prediction, truth)
+                scores[metric].append(table[-1]['score'])
             if len(table) <= 32 and example['images']:
                 cells.append((example['images'][0], answer_caption(example, prediction), edits == 0))
+        result |= {metric: sum(values) / len(values) for metric, values in scores.items()}
         sheet = None
         if cells:
             sources, captions, correct = zip(*cells)
@@ -558,7 +721,8 @@ def load():
         overrides['lora_rank'] = 0  # merges the updates: the same answers, faster
     model = build_model(state, source, **overrides)
     config = SimpleNamespace(**DEFAULTS | state['config'])
-    enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt, model.config.image_marks)
+    enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt, model.config.image_marks,
+                        model.config.calculator)
     config.chat = state.get('chat', enc.has_chat_template)
     n_ids = max(enc.n_text, 1 + max(enc.end_ids))
     if n_ids > model.config.vocab_size:
@@ -648,7 +812,7 @@ def write_results(name, table, sheet):
     path = os.path.join(out_dir, name)
     if table:
         with open(path + '.csv', 'w', newline='', encoding='utf-8') as f:
-            writer = csv.DictWriter(f, table[0])
+            writer = csv.DictWriter(f, dict.fromkeys(key for row in table for key in row))
             writer.writeheader()
             writer.writerows(table)
         note(f'{len(table)} rows in {path}.csv')

@@ -186,7 +186,7 @@ def init_model(config):
     """(model, tokenizer, checkpoint to resume from or None), as init_from says."""
     if config.init_from == 'scratch':
         config.tokenizer = config.tokenizer or 'bytes'
-        enc = get_tokenizer(config.tokenizer, config.system_prompt, config.image_marks)
+        enc = get_tokenizer(config.tokenizer, config.system_prompt, config.image_marks, config.calculator)
         return init_from_scratch(config, enc), enc, None
     resumes = config.init_from == 'resume'
     source = os.path.join(config.out_dir, 'ckpt.pt') if resumes else config.init_from
@@ -198,7 +198,8 @@ def init_model(config):
     known = checkpoint['model_args']
     adds_vision = not resumes and not known.get('vision_encoder') and (config.vision_encoder or config.vision_from)
     marks = config.image_marks if adds_vision else known.get('image_marks', False)
-    enc = get_tokenizer(config.tokenizer, config.system_prompt, marks)
+    has_calculator = known.get('calculator', False) or config.calculator and not resumes
+    enc = get_tokenizer(config.tokenizer, config.system_prompt, marks, has_calculator)
     if resumes:
         return resume_model(config, checkpoint, source), enc, checkpoint
     return init_from_checkpoint(config, enc, checkpoint), enc, None
@@ -230,6 +231,7 @@ def init_from_checkpoint(config, enc, checkpoint):
                          f'tokens, the tokenizer {enc.n_text} and its special ones; name the one it was trained '
                          'with by --tokenizer')
     args = {name: getattr(config, name) for name in ('dropout', 'block_size', 'lora_rank', 'lora_dropout')}
+    args['calculator'] = enc.calculator
     if not known['lora_rank']:  # updates that are there already act as they were trained to
         args.update(lora_alpha=config.lora_alpha, lora_scope=config.lora_scope)
     if enc.n_vocab > known['vocab_size']:

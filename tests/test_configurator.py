@@ -192,7 +192,7 @@ def help_of(capsys, *argv):
 
 
 def test_help_lists_the_commands_and_the_knobs_of_each(capsys):
-    assert 'draw Draws images.\nwrite Writes a text.\n' in help_of(capsys, '--help')
+    assert 'draw\n Draws images.\nwrite\n Writes a text.\n' in help_of(capsys, '--help')
     text = help_of(capsys, 'draw', '--help')
     assert text.startswith('Draws images.\n\nAnd more about it.\n')
     for line in ('--n_images=10 # how many to draw', "--name_of_file='a.png'", '--scale=1.5 # of everything',
