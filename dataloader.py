@@ -42,7 +42,7 @@ import tokenizers
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import load_file, save_file
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 from tqdm import tqdm
 
 import render
@@ -201,11 +201,15 @@ def map_index(path, build, dtype, suffix='index'):
 
 VAL_EVERY = 20  # one row of so many is held out where a dataset comes in one piece
 
-def open_rows(dataset, split):
+def open_rows(dataset, split, overfit_rows=0):
     """
     The examples of one side, 'train' or 'val', of a dataset: pydoc (Python's language reference), a .txt, .jsonl or .parquet
-    file or a folder of them, or a folder with train.jsonl and val.jsonl, as data/NAME. ValueError if there is none.
+    file or a folder of them, or a folder with train.jsonl and val.jsonl, as data/NAME. With overfit_rows both sides are
+    the first so many rows to train on. ValueError if there is no such dataset.
     """
+    if overfit_rows:
+        rows = open_rows(dataset, 'train')
+        return Subset(rows, range(min(overfit_rows, len(rows))))
     if dataset == 'pydoc':
         return pydoc_rows(split)
     files = {side: dataset_folder(dataset) / f'{side}.jsonl' for side in ('train', 'val')}

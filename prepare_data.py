@@ -36,6 +36,7 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
+import tokenizers
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -43,30 +44,10 @@ from tqdm import tqdm
 import render
 import vision
 from configurator import run, run_command
-from dataloader import (
-    VAL_EVERY,
-    FeatureCache,
-    dataset_folder,
-    explain_errors,
-    fit_document,
-    get_tokenizer,
-    hash64,
-    holdout_key,
-    image_error,
-    is_held_out,
-    list_files,
-    load_image,
-    map_members,
-    open_rows,
-    open_table,
-    pack,
-    place_images,
-    read_bytes,
-    scan_file,
-    to_example,
-    to_message,
-    tokenize,
-)
+from dataloader import (VAL_EVERY, FeatureCache, dataset_folder, explain_errors, fit_document, get_tokenizer,
+                        hash64, holdout_key, image_error, is_held_out, list_files, load_image, map_members,
+                        open_rows, open_table, pack, parse_mixture, place_images, read_bytes, scan_file,
+                        to_example, to_message, tokenize)
 from render import IMAGE
 
 # -----------------------------------------------------------------------------
@@ -837,6 +818,32 @@ def prepare_shapes(
     contents = ' '.join(message['content'] for row in rows for message in row['messages'])
     (folder / 'words.txt').write_text('\n'.join(sorted(set(re.findall('[A-Za-z]+', contents)))) + '\n')
 
+def prepare_sums(
+    name='sums',         # the dataset is written to data/NAME
+    max_examples=20000,  # how many conversations
+):
+    """Writes plain conversations about sums, with calls of a calculator as in GSM8K, to data/NAME/{train,val}.jsonl."""
+    def convert(row, rng):
+        person, thing = rng.choice(('Ann', 'Ben', 'Eva', 'Tom')), rng.choice(('apples', 'books', 'coins', 'stamps'))
+        total = rng.randint(2, 99)
+        before = f'{person} has {total} {thing}. '
+        messages = []
+        for _ in range(rng.randint(1, 3)):
+            number = rng.randint(2, 99)
+            questions = {'+': f'{person} gets {number} more.', '*': f'Now think of {number} times as many.'}
+            if number < total:
+                questions['-'] = f'{person} gives {number} away.'
+            sign = rng.choice([sign for sign in questions if sign != '*' or total < 1000])
+            expression = f'{total}{sign}{number}'
+            total = {'+': total + number, '*': total * number, '-': total - number}[sign]
+            answer = f'That makes <<{expression}={total}>>{total} {thing}.\n#### {total}'
+            messages += [{'role': 'user', 'content': f'{before}{questions[sign]} How many are there?'},
+                         {'role': 'assistant', 'content': answer}]
+            before = ''
+        return {'messages': messages, 'metric': 'final_number'}
+
+    write_dataset(name, ({'id': i} for i in range(max_examples)), convert, 'sums', max_examples, VAL_EVERY)
+
 def prepare_llava(
     command,
     repository='',        # of the hub
@@ -1089,6 +1096,33 @@ def store_features(
     model = vision.Vision(config).to(device).eval().requires_grad_(False)
     FeatureCache(dataset_folder(dataset), config, model.encoder.fingerprint).fill(paths, model, batch_size)
 
+def train_tokenizer(
+    dataset='',       # or several, as in train.py
+    vocab_size=4096,  # tokens of text; special ones come on top
+    out='',           # the file to write; '' is data/NAME/tokenizer.json of the first dataset
+):
+    """Trains a byte-level BPE on the texts of a dataset; train.py takes it by --tokenizer=data/NAME/tokenizer.json."""
+    names = [source.name for source in parse_mixture(dataset)]
+
+    def read_texts(split):
+        for row in itertools.chain.from_iterable(open_rows(name, split) for name in names):
+            yield from (message['content'] for message in row.get('messages', [{'content': row.get('text', '')}]))
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # words, as in GPT-2
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()  # all bytes, so that any text has ids
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(read_texts('train'), trainer)
+    out = out or str(dataset_folder(names[0]) / 'tokenizer.json')
+    os.makedirs(os.path.dirname(out) or '.', exist_ok=True)
+    tokenizer.save(out)
+    texts = list(itertools.islice(read_texts('val'), 1000))
+    n_tokens = sum(len(encoding.ids) for encoding in tokenizer.encode_batch(texts))
+    n_bytes = sum(len(text.encode()) for text in texts)
+    print(f'{out}: {tokenizer.get_vocab_size()} tokens, {n_bytes / max(1, n_tokens):.2f} bytes a token of held-out text',
+          file=sys.stderr)
+
 def show_example(
     config: vision.VisionConfig,
     dataset='',
@@ -1129,7 +1163,7 @@ def show_example(
         print(f'{dataset}, row {i % len(rows)} to {split} on: {len(document["images"])} images, {len(document["idx"])} tokens '
               f'at positions 0 to {n_positions - 1}, {n_targets} of them in the loss (in green)', file=sys.stderr)
         print(render.colorize(tokens, sys.stdout.isatty() and 'NO_COLOR' not in os.environ))
-        sheets.append(render.token_sheet([load_image(source) for source in example['images']], tokens))
+        sheets.append(render.token_sheet([load_image(source) for source in example.get('images', ())], tokens))
     if packed:
         is_image = batch['idx'][0] == config.image_token
         sheets.append(render.mask_image(batch['docs'][0].numpy(), is_image.numpy()))
@@ -1138,9 +1172,9 @@ def show_example(
 
 COMMANDS = {
     'list': list_datasets, **{command: functools.partial(prepare_public, command) for command in DATASETS},
-    'text': prepare_text, 'shapes': prepare_shapes, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,
+    'text': prepare_text, 'shapes': prepare_shapes, 'sums': prepare_sums, 'coco_captions': prepare_coco, 'cc3m': prepare_cc3m,
     **{command: functools.partial(prepare_llava, command, **defaults) for command, defaults in LLAVA.items()},
-    'obelics': prepare_obelics, 'features': store_features, 'show': show_example,
+    'obelics': prepare_obelics, 'features': store_features, 'tokenizer': train_tokenizer, 'show': show_example,
 }
 
 if __name__ == '__main__':

@@ -390,7 +390,7 @@ def held_out_examples(dataset, config, tasks):
     """A dataset's held-out examples, in their order. No line drawn from pydoc's occurs in its training text."""
     texts = [row['text'] for row in open_rows(dataset, 'train')] if dataset == 'pydoc' else []
     exclude = '\n'.join(' '.join(text.split()) for text in texts)
-    return Examples(open_rows(dataset, 'val'), config, seed=0, tasks=tasks, shuffle=False, exclude=exclude)
+    return Examples(open_rows(dataset, 'val', config.overfit_rows), config, seed=0, tasks=tasks, shuffle=False, exclude=exclude)
 
 class Evaluation:
     """The held-out examples of a run, and what is measured on them; the ranks share the work.
@@ -600,7 +600,7 @@ class MixtureEvaluation:
     """An Evaluation of each source of a mixture. val_loss is the mean of theirs, each weighed by its share of the mixture."""
 
     def __init__(self, sources, config, enc, model, dist_env):
-        sizes = [len(open_rows(source.name, 'train')) for source in sources]
+        sizes = [len(open_rows(source.name, 'train', config.overfit_rows)) for source in sources]
         counts = count_draws(sources, sizes)
         self.shares = [count / sum(counts) for count in counts]
         per_source = lambda total: math.ceil(total / len(sources))  # so that an evaluation takes as long as that of one
@@ -697,7 +697,8 @@ def answer_caption(example, prediction):
 
 # what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
 DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12,
-                seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto', packing=False)
+                seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto', packing=False,
+                overfit_rows=0)
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
 
 def newest_run():
@@ -793,6 +794,7 @@ def evaluate(model, enc, config, autocast):
     """The evaluation of train.py on --eval: figures to stdout as JSON, eval.csv and eval.png to out_dir."""
     if eval != config.dataset:
         config.text_dataset = ''
+        config.overfit_rows = 0
     if not model.config.vision_encoder:
         config.tasks = 'text'
     config.dataset = eval

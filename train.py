@@ -38,28 +38,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configurator import configure, knobs_of, run
-from dataloader import (
-    FeatureCache,
-    Mixture,
-    TokenizedExamples,
-    collate,
-    dataset_folder,
-    get_tokenizer,
-    is_plain_text,
-    open_rows,
-    pack,
-    parse_mixture,
-)
-from model import (
-    GPTConfig,
-    build_model,
-    checkpoint_state,
-    load_vision_from,
-    new_model,
-    published_fingerprint,
-    read_weights,
-    vision_of,
-)
+from dataloader import (FeatureCache, Mixture, TokenizedExamples, collate, dataset_folder, get_tokenizer,
+                        is_plain_text, open_rows, pack, parse_mixture)
+from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
+                   read_weights, vision_of)
 from render import parse_tasks
 from sample import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device
 from vision import VisionConfig, complete_config
@@ -86,6 +68,7 @@ wandb_run_name = ''
 # data
 dataset = 'pydoc'              # pydoc, a file or folder of text, data/NAME (prepare_data.py list); several of them as
 #                                'chartqa:1 gsm8k:0.3:all pydoc@0.2': passes of each in an epoch, or @ its share
+overfit_rows = 0               # > 0: train and evaluate on the first so many rows only, to see whether they are learned
 text_dataset = ''              # plain text for text_loss; '' takes the dataset's own, pydoc for conversations
 tokenizer = ''                 # bytes, gpt2, the path of a nanoGPT meta.pkl, words.txt or tokenizer.json, OWNER/NAME
 #                                on the hub; '' takes that of init_from, and bytes from scratch
@@ -702,7 +685,8 @@ def main():
 
     # data and model
     sources = parse_mixture(config.dataset)
-    rows = [open_rows(source.name, 'train') for source in sources]  # first of all: a missing dataset shows at once
+    # first of all: a missing dataset shows at once
+    rows = [open_rows(source.name, 'train', config.overfit_rows) for source in sources]
     is_chat = any('messages' in part[0] or is_plain_text(part[0]) and 'ocr' in parse_tasks(config.tasks) for part in rows)
     raw_model, enc, checkpoint = init_model(config)
     if config.checkpoint_activations:

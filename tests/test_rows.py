@@ -23,19 +23,8 @@ from PIL import Image, ImageOps
 import dataloader
 import render
 import vision
-from dataloader import (
-    IMAGE,
-    Examples,
-    FileRows,
-    hash64,
-    image_error,
-    is_held_out,
-    load_image,
-    open_rows,
-    read_bytes,
-    shuffled_index,
-    to_example,
-)
+from dataloader import (IMAGE, Examples, FileRows, hash64, image_error, is_held_out, load_image, open_rows,
+                        read_bytes, shuffled_index, to_example)
 from render import parse_tasks
 from sample import held_out_examples
 

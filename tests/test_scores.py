@@ -4,8 +4,8 @@ import random
 import apted
 import pytest
 
-from sample import (METRICS, edit_similarity, final_number, letter, relabel_cost, relaxed_accuracy, table_nodes, teds,
-                    tree_edit_distance, yes_no)
+from sample import (METRICS, edit_similarity, final_number, letter, relabel_cost, relaxed_accuracy, table_nodes,
+                    teds, tree_edit_distance, yes_no)
 
 
 @pytest.mark.parametrize('prediction, reference, expected', [
