@@ -811,7 +811,8 @@ def conversation(example, tokenizer, prompt_only):
             content = CALCULATION.sub(MARK.join(['', CALL, r'\1', RESULT, r'\2', END_CALL, '']), content)
         pieces = content.split(MARK)  # texts, with a special token between any two
         for i in range(0, len(pieces), 2):
-            if pieces[i] or len(pieces) == 1:
+            # an answer begins with a text, if only an empty one: by its slot `render_chat` knows where
+            if pieces[i] or len(pieces) == 1 or i == 0 and message['role'] == 'assistant':
                 texts.append(pieces[i])
                 pieces[i] = SLOT.format(len(texts) - 1)
         turns.append((message['role'], ''.join(pieces)))

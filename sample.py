@@ -146,9 +146,11 @@ def calculate(expression):
             return OPERATORS[type(node.op)](value(node.operand))
         return float(node.value)
 
+    if not re.fullmatch(r'[0-9.+*/() -]{1,200}', expression):
+        return ''
     try:
         return f'{value(ast.parse(expression.strip(), mode="eval").body):.10g}'
-    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
         return ''
 
 def until_end(enc, ids):
