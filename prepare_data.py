@@ -96,7 +96,8 @@ def split_lines(progress, folder):
     counts, failed_images = Counter(), Counter()
     held_out, n_duplicates = set(), 0
     for side in SIDES:
-        with open(progress, encoding='utf-8') as f, open(folder / f'{side}.jsonl.part', 'w', encoding='utf-8') as part:
+        path = folder / f'{side}.jsonl.part'
+        with open(progress, encoding='utf-8') as f, open(path, 'w', encoding='utf-8', errors='replace') as part:
             for row_side, row, image_hashes in itertools.chain.from_iterable(map(json.loads, f)):
                 if row_side == side:
                     print(json.dumps(row, ensure_ascii=False), file=part)
@@ -199,8 +200,11 @@ def find_images(image_dir):
 
 def question_example(image, question, answer, metric=''):
     """A question about an image and its answer. `metric`, a name in sample.METRICS, scores answers; '': CER alone."""
-    messages = [{'role': 'user', 'content': f'{IMAGE}\n{question}'}, {'role': 'assistant', 'content': answer}]
+    if IMAGE in question + answer:
+        raise ValueError(f'its text has {IMAGE}')
+    messages = [{'role': 'user', 'content': question}, {'role': 'assistant', 'content': answer}]
     example = {'messages': questions_and_answers(messages), 'images': [image_bytes(image)]}
+    place_images(example, 1)
     return {**example, 'metric': metric} if metric else example
 
 def image_bytes(image):
@@ -383,11 +387,8 @@ def covered_rows(boxes, margin=0):
 def docbank_rows(source, subset, max_examples):
     """Pages of DocBank: a .zip in ten parts with BASE_ori.jpg and one with BASE.txt."""
     repository = DATASETS['docbank'].repository
-    if source:
-        names = sorted(path.name for path in Path(source).glob('DocBank_500K_ori_img.zip.*'))
-    else:
-        names = [f'DocBank_500K_ori_img.zip.{i:03}' for i in range(1, 11)]
-    parts = [source_file(source, repository, name) for name in names or ['DocBank_500K_ori_img.zip.001']]
+    n_parts = len(list(Path(source).glob('DocBank_500K_ori_img.zip.0??'))) if source else 10
+    parts = [source_file(source, repository, f'DocBank_500K_ori_img.zip.{i:03}') for i in range(1, max(1, n_parts) + 1)]
     with explain_errors('the archives of DocBank are broken, or a part is missing', 'download them again'):
         images = zipfile.ZipFile(io.BufferedReader(JoinedFiles(parts)))
         texts = zipfile.ZipFile(source_file(source, repository, 'DocBank_500K_txt.zip'))
@@ -437,9 +438,8 @@ def draw_pdf(data, rotation):
     """The first page of a PDF at 150 dpi, turned clockwise by `rotation` degrees, as the bytes of a PNG."""
     import pypdfium2
     try:
-        with PDFIUM:
-            page = pypdfium2.PdfDocument(data)[0]
-            image = page.render(scale=150 / 72).to_pil()  # a point is 1/72 inch
+        with PDFIUM, pypdfium2.PdfDocument(data) as document:  # which is closed before the lock is
+            image = document[0].render(scale=150 / 72).to_pil()  # a point is 1/72 inch
     except pypdfium2.PdfiumError:
         raise ValueError('the PDF is broken') from None
     out = io.BytesIO()
@@ -454,6 +454,8 @@ def plotqa_example(row, rng):
         series = json.loads(row['text'])
     except ValueError:
         raise ValueError('its text is not JSON') from None
+    if not series:
+        raise ValueError('it has no series')
     columns = {}
     for one in series:
         x, y = one['x'], one['y']
@@ -466,7 +468,7 @@ def plotqa_example(row, rng):
     rows = [['', *columns], ['---'] * (1 + len(columns))]
     for name in names:
         values = [column.get(name, '') for column in columns.values()]
-        rows.append([name, *(f'{value:g}' if isinstance(value, (int, float)) else str(value) for value in values)])
+        rows.append([name, *(f'{value:.10g}' if isinstance(value, (int, float)) else str(value) for value in values)])
     prompt = rng.choice(('Write the data of this plot as a table.', 'Convert this plot to a Markdown table.',
                          'Which values does this plot show?'))
     return question_example(row['image'], prompt, '\n'.join(f'| {" | ".join(cells)} |' for cells in rows))
@@ -476,10 +478,10 @@ def chartqa_example(row, rng):
 
 def figureqa_example(row, rng):
     """All questions about a figure, as one conversation."""
-    example = question_example(row['image'], row['qa'][0]['question'], str(row['qa'][0]['answer']), 'yes_no')
+    example = question_example(row['image'], row['qa'][0]['question'], row['qa'][0]['answer'], 'yes_no')
     for turn in row['qa'][1:]:
         example['messages'] += [{'role': 'user', 'content': turn['question']},
-                                {'role': 'assistant', 'content': str(turn['answer'])}]
+                                {'role': 'assistant', 'content': turn['answer']}]
     example['messages'] = questions_and_answers(example['messages'])
     return example
 
@@ -585,10 +587,15 @@ def pubtables_rows(source, subset, max_examples):
 
 def pubtables_example(row, rng):
     try:
-        objects = read_voc(read_bytes(row['annotation']))
-        words = json.loads(read_bytes(row['words']))
+        annotation, words = read_bytes(row['annotation']), read_bytes(row['words'])
     except FileNotFoundError:
         raise ValueError('its annotation or its words are missing') from None
+    objects = read_voc(annotation)
+    try:
+        words = json.loads(words)
+        np.reshape([word['bbox'] for word in words], (-1, 4)).astype(float)  # a box of four numbers each
+    except ValueError:
+        raise ValueError('its words are broken') from None
     prompt = rng.choice(('Convert this table to HTML.', 'Write this table as HTML.', 'What is the HTML of this table?'))
     return question_example(row['image'], prompt, table_html(objects, words), 'teds')
 
@@ -637,7 +644,8 @@ def wikitext_rows(source, subset, max_examples):
             yield {'text': ''.join(article), 'split': split}
             article = []
         split = row.get('split')
-        article.append(row['text'] if row['text'].endswith('\n') else row['text'] + '\n')
+        if article or row['text'].strip():  # the first line of a file is blank
+            article.append(row['text'] if row['text'].endswith('\n') else row['text'] + '\n')
     if article:
         yield {'text': ''.join(article), 'split': split}
 

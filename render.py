@@ -470,15 +470,16 @@ def text_tile(text, width, height=0, color='black', fill='white'):
 
 def contact_sheet(images, captions, correct=None, cell=400):
     """One RGB image with all PIL images in four columns, each above its caption, scaled down to `cell` pixels of
-    width. correct: a bool or None each, which makes the caption green, red or gray; None for all gray.
+    width; a caption without an image has None in its place. correct: a bool or None each, which makes the caption
+    green, red or gray; None for all gray.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f'a contact sheet needs as many captions as images, got {len(images)} and {len(captions)}')
     colors = {True: GREEN, False: RED, None: GRAY}
     tiles = []
     for image, caption, is_correct in zip(images, captions, correct or itertools.repeat(None)):
-        caption = text_tile(caption, cell, color=colors[is_correct])
-        tiles.append(stack([thumbnail(image, cell, 2 * cell), caption], 1, 2))
+        tile = text_tile(caption, cell, color=colors[is_correct])
+        tiles.append(stack([thumbnail(image, cell, 2 * cell), tile], 1, 2) if image else tile)
     return stack_rows([tiles[i:i + 4] for i in range(0, len(tiles), 4)])
 
 def similarity_grid(images, captions, values):

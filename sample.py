@@ -415,6 +415,7 @@ class Evaluation:
     def __init__(self, config, enc, model, dist_env, cache=None, held_out=None):
         self.config = config
         self.enc = enc
+        self.n_cells = 32  # answers on the contact sheet
         self.map = partial(map_across_ranks, size=config.batch_size, dist_env=dist_env)
         self.device = next(model.parameters()).device
         self.cache = cache
@@ -532,14 +533,16 @@ class Evaluation:
             if metric in METRICS:
                 table[-1]['score'] = METRICS[metric](prediction, truth)
                 scores[metric].append(table[-1]['score'])
-            if len(table) <= 32 and example['images']:
-                cells.append((example['images'][0], answer_caption(example, prediction), edits == 0))
+            if len(table) <= self.n_cells:
+                image = next(iter(example['images']), None)
+                cells.append((image, answer_caption(example, prediction), edits == 0))
         result |= {metric: sum(values) / len(values) for metric, values in scores.items()}
         sheet = None
         if cells:
             sources, captions, correct = zip(*cells)
             cell = 800 if self.continuations else 400  # a caption is cut after six lines
-            sheet = render.contact_sheet(list(map(load_image, sources)), captions, correct, cell)
+            images = [source and load_image(source) for source in sources]
+            sheet = render.contact_sheet(images, captions, correct, cell)
         return result, sheet, table
 
     def pixel_recovery(self, examples):
@@ -611,8 +614,10 @@ class MixtureEvaluation:
         for source in sources:
             own = {**common, 'dataset': source.name, 'loss_on': source.loss_on or config.loss_on}
             self.evaluations[source.name] = Evaluation(SimpleNamespace(**own), enc, model, dist_env)
-        for evaluation in list(self.evaluations.values())[1:]:
-            evaluation.texts = []  # text_loss is measured once
+        for number, evaluation in enumerate(self.evaluations.values()):
+            evaluation.n_cells = max(4, 4 * per_source(8))  # whole rows of four
+            if number:
+                evaluation.texts = []  # text_loss is measured once
 
     def run(self, model, autocast):
         """As Evaluation.run; what it measures on each source is in result['sources'][its name]."""

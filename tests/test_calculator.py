@@ -35,7 +35,8 @@ def test_calls_at_the_two_ends_of_an_answer_are_in_the_loss():
     pieces = [(text, in_loss) for text, _, in_loss in segments(example, enc, 'assistant') if text]
     calls = [[(CALL, True), (call, True), (RESULT, True), (result, False), (END_CALL, False)]
              for call, result in (('1+1', '2'), ('2*3', '6'))]
-    assert pieces == [('<|user|>', False), ('?', False), ('<|assistant|>', False), *calls[0], *calls[1], ('<|endoftext|>', True)]
+    prompt = [('<|user|>', False), ('?', False), ('<|assistant|>', False)]
+    assert pieces == [*prompt, *calls[0], *calls[1], ('<|endoftext|>', True)]
 
 
 def test_a_question_and_a_model_without_a_calculator_keep_the_text():

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import inside, read_log, refused, train
 
-from dataloader import FileRows, Mixture, count_draws, locate, parse_mixture
+from dataloader import FileRows, Mixture, count_draws, locate, open_rows, parse_mixture
+from sample import METRICS
 
 KNOBS = SimpleNamespace(tasks='ocr', augment='')
 
@@ -199,3 +200,16 @@ def test_a_mixture_is_evaluated_by_source(tmp_path, run_dir, monkeypatch):
     assert set(result['sources']) == {'pydoc', 's'} and 'final_number' in result['sources']['s']
     values = [own['val_loss'] for own in result['sources'].values()]
     assert min(values) < result['val_loss'] < max(values)
+
+
+def test_overfit_trains_and_evaluates_on_the_same_first_rows(tmp_path, monkeypatch):
+    """config/overfit.py, for two steps: one example of each of ten tasks, all of them scored."""
+    process = inside('train.py', 'config/overfit.py', f'--out_dir={tmp_path}', '--max_iters=2', '--eval_interval=2',
+                     '--n_layer=1', '--vision_n_layer=1', '--device=cpu', '--compile=False', '--num_workers=0')
+    assert process.returncode == 0, process.stderr
+    first, last = (row['eval'] for row in read_log(tmp_path) if 'eval' in row)
+    assert last['val_loss'] < first['val_loss'] and last['n'] == 10
+    assert {'edit_similarity', 'relaxed_accuracy', 'yes_no', 'teds', 'letter', 'final_number'} <= set(last)
+    rows = open_rows('assets/tasks', 'val', overfit_rows=3)
+    assert [rows[i] for i in range(3)] == [open_rows('assets/tasks', 'train', 3)[i] for i in range(3)] and len(rows) == 3
+    assert {row['metric'] for row in FileRows('assets/tasks/train.jsonl') if 'metric' in row} <= set(METRICS)
