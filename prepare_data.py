@@ -457,13 +457,13 @@ def plotqa_example(row, rng):
     if not series:
         raise ValueError('it has no series')
     columns = {}
-    for one in series:
-        x, y = one['x'], one['y']
+    for entry in series:
+        x, y = entry['x'], entry['y']
         if not any(isinstance(value, str) for value in x) and any(isinstance(value, str) for value in y):
             x, y = y, x  # horizontal bars
         if not x or len(x) != len(y):
             raise ValueError('a series has no values, or not one for each x')
-        columns[str(one.get('label') or one.get('name'))] = dict(zip(map(str, x), y))
+        columns[str(entry.get('label') or entry.get('name'))] = dict(zip(map(str, x), y))
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [['', *columns], ['---'] * (1 + len(columns))]
     for name in names:

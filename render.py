@@ -22,7 +22,7 @@ import random
 import re
 import sys
 from bisect import bisect_right
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
@@ -70,59 +70,89 @@ def strip_unsupported(text, font=''):
 # -----------------------------------------------------------------------------
 # fit: text and a box -> font size and lines
 
-def wrap(text, face, width):
+@lru_cache(maxsize=2**18)
+def word_length(face, word):
+    """The width of a word in pixels. A text repeats its words, so most of them are measured already."""
+    return face.getlength(word)
+
+def wrap(text, width, length):
     """Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary.
+    length(word) is a word's width: that of a line is the sum of its words and spaces, as fonts hardly kern at a space.
     Newlines and indentation stay. Only a line of a single character can be wider.
     """
     lines = []
     for paragraph in text.expandtabs(4).split('\n'):
-        while len(paragraph) > 1 and face.getlength(paragraph) > width:
-            # the number of characters that fit, by bisection
-            end = bisect_right(range(2, len(paragraph)), width, key=lambda n: face.getlength(paragraph[:n])) + 1
-            head, space, _ = paragraph[:end + 1].rpartition(' ')  # a space after the last of them will do
-            if not head.strip(' '):  # no space except the indentation: break the word
-                head, space = paragraph[:end], ''
-            lines.append(head)
-            paragraph = paragraph[len(head + space):]
-        lines.append(paragraph)
+        line = []  # words and, between any two of them, one space; several spaces have empty words between them
+        used = 0
+        for word in paragraph.split(' '):
+            added = length(word) + (length(' ') if line else 0)
+            if used + added > width and any(line):
+                lines.append(' '.join(line))
+                line, used, added = [], 0, length(word)
+            while used + added > width and (line or len(word) > 1):  # break a word wider than a line
+                room = width - used - (length(' ') if line else 0)
+                n = bisect_right(range(1, len(word)), room, key=lambda n: length(word[:n]))
+                n = n if line else max(n, 1)
+                lines.append(' ' * len(line) + word[:n])
+                word = word[n:]
+                line, used, added = [], 0, length(word)
+            line.append(word)
+            used += added
+        lines.append(' '.join(line))
     return lines
 
 def layout(text, face, width):
     """The lines of the text in a column of `width` pixels, and their ink box (x0, y0, x1, y1); the origin is the
     left end of the first ascender line.
     """
-    lines = wrap(text, face, width)
-    pitch = math.ceil(LEADING * face.size)
-    # accents and italics can be larger than the font's own metrics, so the ink is measured
+    lines = wrap(text, width, partial(word_length, face))
+    return lines, ink_box(lines, face)
+
+def ink_box(lines, face):
+    """Accents and italics can be larger than the font's own metrics, so the ink is measured."""
     lefts, tops, rights, bottoms = zip(*map(face.getbbox, lines))
-    last_descent = pitch * (len(lines) - 1) + sum(face.getmetrics())
-    y1 = max(last_descent, *(pitch * i + bottom for i, bottom in enumerate(bottoms)))
-    return lines, (min(0, *lefts), min(0, tops[0]), max(rights), y1)
+    pitch = math.ceil(LEADING * face.size)
+    y1 = max(text_height(len(lines), face), *(pitch * i + bottom for i, bottom in enumerate(bottoms)))
+    return min(0, *lefts), min(0, tops[0]), max(rights), y1
+
+def text_height(n_lines, face):
+    """Pixels from the first ascender line to the last descender line."""
+    return math.ceil(LEADING * face.size) * (n_lines - 1) + sum(face.getmetrics())
 
 class DoesNotFit(ValueError):
     """The text overflows its box even at the smallest font size that is allowed."""
 
 def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
-    """The largest font size at which the wrapped text stays inside width x height pixels, by binary search, as in
-    text-only VLM pretraining (sizes 12 to 200, leading 1.4). Returns (size, lines, ink box), as from `layout`.
+    """The largest font size at which the wrapped text stays inside width x height pixels, as in text-only VLM
+    pretraining (sizes 12 to 200, leading 1.4). Returns (size, lines, ink box), as from `layout`. Starts from the size
+    at which the text takes the area of the box, and goes up while it fits, or down until it does.
     Raises ValueError for text without ink, DoesNotFit for text that overflows even at min_size.
     """
     if not text.strip():
         raise ValueError('there is nothing to draw: the text is empty or white space')
+
+    def fit_at(size):
+        face = load_font(font, size)
+        lines = wrap(text, width, partial(word_length, face))
+        if text_height(len(lines), face) > height:
+            return None
+        x0, y0, x1, y1 = ink_box(lines, face)
+        return (size, lines, (x0, y0, x1, y1)) if x1 - x0 <= width and y1 - y0 <= height else None
+
     line_height = lambda size: sum(load_font(font, size).getmetrics())
-    low = min_size
-    high = low - 1 + bisect_right(range(low, max_size + 1), height, key=line_height)
-    size = high  # a short line usually fits at the largest size, so that is tried first
-    best = None
-    while low <= high:
-        lines, ink = layout(text, load_font(font, size), width)
-        x0, y0, x1, y1 = ink
-        if x1 - x0 <= width and y1 - y0 <= height:
-            best = size, lines, ink
-            low = size + 1
-        else:
-            high = size - 1
-        size = (low + high) // 2
+    high = min_size - 1 + bisect_right(range(min_size, max_size + 1), height, key=line_height)
+    face = load_font(font, 32)
+    length = sum(word_length(face, word) for word in re.findall(r'\S+|\s', text))
+    size = int(math.sqrt(32 * width * height / (LEADING * length)))
+    size = max(min_size, min(size, high))
+    best = fit_at(size) if size <= high else None
+    step = 1 if best else -1
+    while min_size <= size + step <= high:
+        size += step
+        found = fit_at(size)
+        best = found or best
+        if bool(found) != bool(step > 0):
+            break
     if best is None:
         raise DoesNotFit(f'a text of {len(text)} characters does not fit {width}x{height} pixels at font size '
                          f'{min_size}: shorten it or enlarge the box')
@@ -461,7 +491,7 @@ def thumbnail(image, width, height):
 def text_tile(text, width, height=0, color='black', fill='white'):
     """The text on a tile of `width` and at least `height` pixels: wrapped, and cut after six lines."""
     face = load_font('', TEXT_SIZE)
-    lines = wrap(text, face, width - 4)
+    lines = wrap(text, width - 4, partial(word_length, face))
     if len(lines) > 6:
         lines = lines[:5] + ['…']
     tile = Image.new('RGB', (width, max(height, 20 * len(lines) + 2)), fill)

@@ -89,19 +89,19 @@ def test_wrap_keeps_every_character_except_spaces_at_breaks():
     face = load_font('', 14)
     for seed in range(20):
         text = random_text(random.Random(seed))
-        lines = wrap(text, face, 150)
+        lines = wrap(text, 150, face.getlength)
         assert ''.join(''.join(lines).split()) == ''.join(text.split())
         assert all(face.getlength(line) <= 150 for line in lines)
 
 
 def test_wrap_in_a_column_narrower_than_a_character_gives_one_a_line():
-    assert wrap('WW\nW', load_font('', 14), 2) == ['W', 'W', 'W']
-    assert wrap('', load_font('', 14), 2) == ['']
+    assert wrap('WW\nW', 2, load_font('', 14).getlength) == ['W', 'W', 'W']
+    assert wrap('', 2, load_font('', 14).getlength) == ['']
 
 
 def test_wrap_keeps_newlines_and_indentation():
     code = 'def f(x):\n    if x:\n\n        return 1'
-    lines = wrap(code, load_font('', 14), 300)
+    lines = wrap(code, 300, load_font('', 14).getlength)
     assert lines == ['def f(x):', '    if x:', '', '        return 1']
     left = [find_ink(draw(line, 300, 20, max_size=14))[0] for line in lines if line]
     assert left[0] < left[1] - 10 < left[2] - 20
@@ -221,3 +221,36 @@ def test_command_line_writes_the_image_that_a_model_gets(tmp_path):
     refused(inside('render.py', 'some text', '--widht=9'), 'did you mean width')
     process = inside('render.py', '--help')
     assert process.returncode == 0 and '--distort=0.0' in process.stdout
+
+
+def wrap_by_measuring_lines(text, width, length):
+    """`wrap` in the slow and obvious way: the longest beginning of a text that fits, back to its last space."""
+    lines = []
+    for paragraph in text.expandtabs(4).split('\n'):
+        while len(paragraph) > 1 and length(paragraph) > width:
+            end = max([n for n in range(1, len(paragraph)) if length(paragraph[:n]) <= width], default=1)
+            head, space, _ = paragraph[:end + 1].rpartition(' ')
+            if not head.strip(' '):
+                head, space = paragraph[:end], ''
+            lines.append(head)
+            paragraph = paragraph[len(head + space):]
+        lines.append(paragraph)
+    return lines
+
+
+@pytest.mark.parametrize('seed', range(30))
+def test_lines_break_where_measured_lines_would(seed):
+    """A length of which words add up exactly, as those of most fonts do: 7 pixels a character."""
+    rng = random.Random(seed)
+    text = random_text(rng).replace(' i', ' ' * rng.randint(1, 4))
+    width = rng.randint(42, 300)
+    assert wrap(text, width, lambda s: 7 * len(s)) == wrap_by_measuring_lines(text, width, lambda s: 7 * len(s))
+
+
+def test_lengths_of_words_add_up_in_the_built_in_font():
+    face = load_font('', 23)
+    for seed in range(20):
+        for line in random_text(random.Random(seed)).split('\n'):
+            parts = line.split(' ')
+            total = sum(map(face.getlength, parts)) + (len(parts) - 1) * face.getlength(' ')
+            assert total == pytest.approx(face.getlength(line), abs=0.1)
