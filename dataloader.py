@@ -843,7 +843,7 @@ def segments(example, tokenizer, loss_on, prompt_only=False):
     for i, text in enumerate(texts):
         out += image if i else []
         out.append((text, False, loss_on != 'postfix' or i == len(texts) - 1))
-    return out if prompt_only else [*out, (tokenizer.end, True, True)]
+    return out if prompt_only or example.get('is_cut') else [*out, (tokenizer.end, True, True)]
 
 class TooLong(ValueError):
     """An example needs more positions than block_size, and cannot be cut."""

@@ -224,12 +224,15 @@ def hub_rows(source, subset, max_examples):
     advice = 'check the name and the connection, or use --source=FOLDER with its files; what was read is kept'
     with explain_errors(f'{source} cannot be read', advice, OSError):
         splits = datasets.load_dataset(source, subset or None, streaming=True)
+        train = 'auxiliary_train' if 'auxiliary_train' in splits else 'train'  # MMLU's name
+        if train not in splits:
+            raise ValueError(f'expected a split named train, got {", ".join(splits)}')
         held_out = next((name for name in ('validation', 'val', 'eval', 'test') if name in splits), None)
         if held_out:
             n_val = max(1, max_examples // 10) if max_examples else None
             for row in itertools.islice(splits[held_out].decode(False), n_val):
                 yield {**row, 'split': 'val'}
-        for row in splits['auxiliary_train' if 'auxiliary_train' in splits else 'train'].decode(False):  # MMLU's name
+        for row in splits[train].decode(False):
             yield {**row, 'split': 'train'} if held_out else row
 
 def source_file(source, repository, file):
@@ -263,11 +266,7 @@ class JoinedFiles(io.RawIOBase):
         self.ends = list(itertools.accumulate(map(os.path.getsize, paths)))
         self.position = 0
 
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
+    readable = seekable = lambda self: True
 
     def seek(self, offset, whence=os.SEEK_SET):
         self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.ends[-1]}[whence]
@@ -670,12 +669,13 @@ def json_example(row, rng):
 
 @dataclasses.dataclass
 class Dataset:
-    """A public dataset. Rows and gigabytes are those upstream; '?' where they are not known here."""
+    """A public dataset. Rows and gigabytes are those upstream: '?' is not known here, '~' from memory."""
     teaches: str
     repository: str       # on the hub
     n_rows: str
     gigabytes: str
     license: str
+    columns: str          # of an upstream row, as far as they are used
     convert: object       # (row, rng) -> example
     subset: str = ''      # its configuration on the hub; None: the user has to name one
     rows: object = None   # (source, subset, max_examples) -> rows with what `convert` needs; None: hub_rows
@@ -683,31 +683,42 @@ class Dataset:
 
 DATASETS = {
     'docbank': Dataset('reading pages of papers', 'liminghao1630/DocBank', '500K', '51', 'apache-2.0',
-                       docbank_example, rows=docbank_rows),
+                       'BASE_ori.jpg, BASE.txt: token x0 y0 x1 y1 R G B font label', docbank_example, rows=docbank_rows),
     'olmocr': Dataset('reading PDFs, also scanned ones', 'allenai/olmOCR-mix-1025', '270K', '?', 'odc-by',
+                      'pdf_relpath, natural_text, primary_language, rotation_correction, is_table, is_diagram',
                       olmocr_example, '00_documents', olmocr_rows, 'pypdfium2'),
-    'plotqa': Dataset('plots to tables', 'achang/plot_qa', '157K', '?', 'cc-by-4.0', plotqa_example),
-    'chartqa': Dataset('questions about charts', 'HuggingFaceM4/ChartQA', '28K', '1.0', 'gpl-3.0', chartqa_example),
-    'figureqa': Dataset('yes-no questions about plots', 'vikhyatk/figureqa', '100K', '?', '?', figureqa_example),
+    'plotqa': Dataset('plots to tables', 'achang/plot_qa', '157K', '?', '~cc-by-4.0',
+                      'image, text: JSON [{label, x, y}]', plotqa_example),
+    'chartqa': Dataset('questions about charts', 'HuggingFaceM4/ChartQA', '28K', '1.0', 'gpl-3.0',
+                       'image, query, label: [answer]', chartqa_example),
+    'figureqa': Dataset('yes-no questions about plots', 'vikhyatk/figureqa', '100K', '?', '?',
+                        'image, qa: [{question, answer}]', figureqa_example),
     'pubtables': Dataset('tables to HTML', 'bsmock/pubtables-1m', '854K', '?', 'cdla-permissive-2.0',
-                         pubtables_example, rows=pubtables_rows),
+                         'BASE.jpg, BASE.xml: boxes, BASE_words.json: [{bbox, text}]', pubtables_example, rows=pubtables_rows),
     'latex-formulas': Dataset('formulas to LaTeX', 'OleehyO/latex-formulas', '552K', '?', 'openrail',
-                              formula_example, 'cleaned_formulas'),
+                              'image, latex_formula', formula_example, 'cleaned_formulas'),
     'finevision': Dataset('24M rows of all kinds, by subset', 'HuggingFaceM4/FineVision', '24M', '?', 'by subset',
-                          hub_example, None),
-    'cauldron': Dataset('50 datasets, by subset', 'HuggingFaceM4/the_cauldron', '?', '?', 'by subset', hub_example, None),
+                          'images, texts: [{user, assistant}]', hub_example, None),
+    'cauldron': Dataset('50 datasets, by subset', 'HuggingFaceM4/the_cauldron', '?', '?', 'by subset',
+                        'images, texts: [{user, assistant}]', hub_example, None),
     'smol-smoltalk': Dataset('conversation, for small models', 'HuggingFaceTB/smol-smoltalk', '460K', '~1', 'apache-2.0',
-                             hub_example),
-    'smoltalk': Dataset('conversation', 'HuggingFaceTB/smoltalk', '1.04M', '~2', 'apache-2.0', hub_example, 'all'),
-    'mmlu': Dataset('multiple choice', 'cais/mmlu', '100K', '~0.05', 'mit', mmlu_example, 'all'),
-    'gsm8k': Dataset('word problems, with a calculator', 'openai/gsm8k', '7.5K', '~0.005', 'mit', gsm8k_example, 'main'),
-    'wikitext': Dataset('text: articles of Wikipedia', 'Salesforce/wikitext', '29K', '~0.3', 'cc-by-sa-3.0',
-                        text_example, 'wikitext-103-raw-v1', wikitext_rows),
-    'tinystories': Dataset('text: simple stories', 'roneneldan/TinyStories', '2.12M', '~1', 'cdla-sharing-1.0', text_example),
+                             'messages: [{role, content}]', hub_example),
+    'smoltalk': Dataset('conversation', 'HuggingFaceTB/smoltalk', '1.04M', '~2', 'apache-2.0',
+                        'messages: [{role, content}]', hub_example, 'all'),
+    'mmlu': Dataset('multiple choice', 'cais/mmlu', '100K', '~0.05', 'mit',
+                    'question, choices: [4], answer: 0 to 3', mmlu_example, 'all'),
+    'gsm8k': Dataset('word problems, with a calculator', 'openai/gsm8k', '7.5K', '~0.005', 'mit',
+                     'question, answer', gsm8k_example, 'main'),
+    'wikitext': Dataset('text: articles of Wikipedia', 'Salesforce/wikitext', '~29K', '~0.3', '~cc-by-sa-3.0',
+                        'text: a line', text_example, 'wikitext-103-raw-v1', wikitext_rows),
+    'tinystories': Dataset('text: simple stories', 'roneneldan/TinyStories', '2.12M', '~1', 'cdla-sharing-1.0',
+                           'text', text_example),
     'fineweb-edu': Dataset('text: the educational web', 'HuggingFaceFW/fineweb-edu', '10B tokens', '~28', 'odc-by',
-                           text_example, 'sample-10BT'),
-    'hub': Dataset('any set of images and conversations', '', '', '', '', hub_example),
-    'custom_json': Dataset('conversations of your own', '', '', '', '', json_example, rows=json_lines),
+                           'text', text_example, 'sample-10BT'),
+    'hub': Dataset('any set of images and conversations', '', '', '', '',
+                   'image(s), and texts, messages or conversations', hub_example),
+    'custom_json': Dataset('conversations of your own', '', '', '', '',
+                           'a line: [{role, content}], or an example', json_example, rows=json_lines),
 }
 
 def prepare_public(

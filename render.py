@@ -330,16 +330,21 @@ def ocr(text, rng, config, length_scale=1.0):
 
 def continuation(text, rng, config, length_scale=1.0):
     """Text with an image in place of its middle, the "infix" -> the text after it: text-only VLM pretraining."""
-    words = re.findall(r'\s*\S+', text_span(text, rng, config.min_span, config.max_span))
-    if len(words) < 3:  # too short to be split: it stays text
+    span = text_span(text, rng, config.min_span, config.max_span)
+    if len(span) < 3:  # too short to be split: it stays text
         return {'text': text}
-    prefix, infix, postfix = map(''.join, split(words, rng, config.infix_min, config.infix_max))
-    drawn, image = render_text(infix.strip(), rng, config)
+    # anywhere, as between tokens, also inside a word: what comes next depends on the letters that were drawn
+    prefix, middle, postfix = split(span, rng, config.infix_min, config.infix_max)
+    infix = middle.strip()
+    drawn, image = render_text(infix, rng, config)
     if not drawn:
         return {'text': text}
+    before, _, after = middle.partition(infix)  # white space at its two ends stays text
+    if rng.random() < config.blank_images:
+        image = Image.new('RGB', image.size, 'white')
     if infix.split() != drawn.split():  # shortened to fit, or glyphs are missing
-        infix = ' ' + drawn
-    return {'text': prefix + IMAGE + postfix, 'images': [image], 'infix': infix, 'loss_on': 'postfix'}
+        infix = drawn
+    return {'text': prefix + before + IMAGE + after + postfix, 'images': [image], 'infix': infix, 'loss_on': 'postfix'}
 
 def plain_text(text, rng, config, length_scale=1.0):
     """A span of text as text, so that the model does not forget language."""

@@ -46,7 +46,7 @@ from configurator import configure, run
 from dataloader import (ASSISTANT, CALL_MARKS, IMAGE, Examples, FileRows, TooLong, collate, count_draws,
                         get_tokenizer, image_error, load_image, open_rows, parse_mixture, tokenize)
 from model import build_model, read_weights, to_hugging_face
-from vision import QFormerPretraining
+from vision import QFormerPretraining, cell_size
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'     # out_dir's checkpoint; or, as in train.py, a checkpoint's path or a published model
@@ -392,6 +392,7 @@ def held_out_examples(dataset, config, tasks):
     """A dataset's held-out examples, in their order. No line drawn from pydoc's occurs in its training text."""
     texts = [row['text'] for row in open_rows(dataset, 'train')] if dataset == 'pydoc' else []
     exclude = '\n'.join(' '.join(text.split()) for text in texts)
+    config = SimpleNamespace(**{**vars(config), 'blank_images': 0.0})
     return Examples(open_rows(dataset, 'val', config.overfit_rows), config, seed=0, tasks=tasks, shuffle=False, exclude=exclude)
 
 class Evaluation:
@@ -403,10 +404,11 @@ class Evaluation:
         text_loss      plain held-out text; before the first step it is the reference for later ones
         cer, exact     greedy answers compared with the truth; with "references" also bleu4, rouge_l, cider_d,
                        and the mean of each of METRICS that examples name as their "metric"
-        pixels_loss, none_loss, infix_loss, R, R_blank, R_shuffled
-                       task continuation: the postfix's loss after the image, without the infix, and with it
-                       as text. R = (none - pixels) / (none - infix) is the pixel recovery: of the information
-                       that the infix has about the postfix, the share that came through its pixels
+        R, R_shuffled, R32, R32_shuffled
+                       task continuation: pixel recovery, of all the text after the image and of its first 32
+                       characters, see `pixel_recovery`; infix_loss: the loss with the infix as text
+        cosine, row_cosine
+                       of the embeddings of two images, and of two rows of an image; near 1 they have collapsed
 
     For a QFormerPretraining: val_loss, the losses that it is the sum of, `recall` and `mean_cosine`.
     config is a namespace with train.py's knobs. held_out: Examples to use instead of the dataset's.
@@ -512,6 +514,7 @@ class Evaluation:
         if any(e['images'] for e in examples):
             result['blank_loss'] = self.losses(examples, blank)['lm']
             result['shuffled_loss'] = self.losses(shuffled(examples))['lm']
+            result |= self.image_cosines([e for e in examples if e['images']][:64])
         if self.texts:
             result['text_loss'] = self.losses(self.texts)['lm']
         hidden = [e for e in examples if 'infix' in e]
@@ -546,27 +549,51 @@ class Evaluation:
         return result, sheet, table
 
     def pixel_recovery(self, examples):
-        """R, its controls and the losses that they are made of, all on the same postfix tokens."""
-        pixels = self.losses(examples)
-        none = self.losses(without_image(examples))
-        infix = self.losses([{**e, 'images': [], 'filling': e['infix']} for e in examples])
-        if not pixels['weight'] == none['weight'] == infix['weight']:
-            raise ValueError(f'block_size ({self.model.config.block_size}) is too small to measure R: with its '
-                             'infix as text a sequence is cut off; lower max_span or raise block_size')
-        recovery = lambda losses: (none['lm'] - losses['lm']) / (none['lm'] - infix['lm'])
-        return {'pixels_loss': pixels['lm'], 'none_loss': none['lm'], 'infix_loss': infix['lm'],
-                'R': recovery(pixels), 'R_blank': recovery(self.losses(examples, blank)),
-                'R_shuffled': recovery(self.losses(shuffled(examples)))}
+        """R = (blank - pixels) / (blank - infix), of the postfix's losses after the image, after a blank one of its size, and
+        after the infix as text: the share of what the infix tells about the postfix that comes through its pixels. With
+        the images of others it has to be near 0. The first 32 characters depend on the infix more than the rest.
+        """
+        result = {}
+        for name, n_chars in (('R', None), ('R32', 32)):
+            cut = examples
+            if n_chars:
+                cut = [{**e, 'text': question(e)['text'] + reference(e)[:n_chars], 'is_cut': True} for e in examples]
+            pixels = self.losses(cut)
+            infix = self.losses([{**e, 'images': [], 'filling': e['infix']} for e in cut])
+            if pixels['weight'] != infix['weight']:
+                raise ValueError(f'block_size ({self.model.config.block_size}) is too small to measure R: with its '
+                                 'infix as text a sequence is cut off; lower max_span or raise block_size')
+            blank_loss = self.losses(cut, blank)['lm']
+            recovery = lambda losses: (blank_loss - losses['lm']) / (blank_loss - infix['lm'])
+            result |= {name: recovery(pixels), f'{name}_shuffled': recovery(self.losses(shuffled(cut)))}
+            result.setdefault('infix_loss', infix['lm'])
+        return result
+
+    def image_cosines(self, examples):
+        """Mean cosines of the mean embeddings of images, and of those of an image's rows; {} where there is one only."""
+        patches, grid = self.batch(examples)['images']
+        emb, valid = self.model.vision(patches, grid)                                    # (N, L, C), (N, L)
+        means = [own[is_valid].mean(0) for own, is_valid in zip(emb.float(), valid)]     # N of (C)
+        result = {'cosine': mean_cosine(torch.stack(means)[:, None])} if len(means) > 1 else {}
+        k = cell_size(self.model.config)
+        per_image = []
+        # neither a Q-Former's queries nor cached features have rows
+        if self.model.config.connector != 'qformer' and not patches.is_floating_point():
+            rows = grid[..., 0].unflatten(1, (-1, k**2)).amax(2) // k                    # (N, L), -1 for padding
+            for own, row in zip(emb.float(), rows):
+                means = [own[row == r].mean(0) for r in range(int(row.max()) + 1)]
+                if len(means) > 1:
+                    per_image.append(mean_cosine(torch.stack(means)[:, None]))
+        return {**result, 'row_cosine': sum(per_image) / len(per_image)} if per_image else result
 
     def continuation_cells(self):
-        """What the model generates with the image and with nothing in its place, and the true postfix."""
-        examples = [{**e, 'text': question(e)['text'] + reference(e)[:150]} for e in self.continuations]
-        with_image = self.generate(examples)
-        without = self.generate(without_image(examples))
+        """What the model generates after the image, a blank one and that of another example, and the true postfix."""
+        examples = [{**e, 'text': question(e)['text'] + reference(e)[:100]} for e in self.continuations]
+        generated = [self.generate(changed) for changed in (examples, blank(examples), shuffled(examples))]
         cells = []
-        for example, *texts in zip(examples, with_image, without, map(reference, examples)):
-            texts = [' '.join(text.split())[:150] for text in texts]
-            caption = 'with the image: {}\nwithout: {}\ntrue: {}'.format(*texts)
+        for example, *texts in zip(examples, *generated, map(reference, examples)):
+            texts = [' '.join(text.split())[:100] for text in texts]
+            caption = 'with the image: {}\nblank: {}\nanother: {}\ntrue: {}'.format(*texts)
             cells.append((example['images'][0], caption, None))
         return cells
 
@@ -641,6 +668,15 @@ def open_evaluation(config, enc, model, dist_env, cache=None):
         return Evaluation(SimpleNamespace(**own), enc, model, dist_env, cache)
     return MixtureEvaluation(sources, config, enc, model, dist_env)
 
+def warn_of_collapse(result):
+    """Says so if the embeddings of all images, or of all rows, are nearly the same: the GPT cannot tell them apart."""
+    for name, what in (('cosine', 'two images'), ('row_cosine', 'two rows of an image')):
+        if result.get(name, 0) > 0.99:
+            note(f'warning: the embeddings of {what} have a mean cosine of {result[name]:.4f}: the vision encoder or the '
+                 'connector has collapsed; lower their learning rates')
+    for own in result.get('sources', {}).values():
+        warn_of_collapse(own)
+
 def describe(result):
     """The figures of an evaluation on a line, those of a mixture's sources on one each."""
     line = ', '.join(f'{name} {value:.4g}' for name, value in result.items() if name != 'sources')
@@ -672,10 +708,6 @@ def shuffled(examples):
     images = deque(source for e in examples for source in e['images'])
     images.rotate(-(len(images) // 2))
     return [{**e, 'images': [images.popleft() for _ in e['images']]} for e in examples]
-
-def without_image(examples):
-    """The examples with nothing in place of the images."""
-    return [{**e, 'images': [], 'filling': ''} for e in examples]
 
 def reference(example):
     """What the model should have answered: the last message's text, or the text after the last image."""
@@ -812,6 +844,7 @@ def evaluate(model, enc, config, autocast):
     else:
         evaluation = open_evaluation(config, enc, model, ONE_PROCESS)
     result, sheet, table = evaluation.run(model, autocast)
+    warn_of_collapse(result)
     write_results('eval', table, sheet)
     print(json.dumps(result))
 

@@ -43,7 +43,7 @@ from dataloader import (FeatureCache, Mixture, TokenizedExamples, collate, datas
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
 from render import parse_tasks
-from sample import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device
+from sample import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device, warn_of_collapse
 from vision import VisionConfig, complete_config
 
 # -----------------------------------------------------------------------------
@@ -94,6 +94,8 @@ min_span = 200                 # tasks continuation and text: characters of the 
 max_span = 4000
 infix_min = 0.1                # task continuation: share of the text that becomes an image
 infix_max = 0.4
+blank_images = 0.0             # task continuation: share of the images that are blank, so that the model knows what to do
+#                                without the text: what pixel recovery compares with
 font = ''                      # a .ttf/.otf file or a folder of them; '' is Pillow's built-in font
 font_min = 6                   # font sizes, pixels
 font_max = 200
@@ -774,6 +776,8 @@ def main():
                 if log:
                     log.write({'iter': iter_num, 'eval': result, 'elapsed_s': round(time.time() - started, 1)})
                     tqdm.write(f'step {iter_num}: {describe(result)}', file=sys.stderr)
+                    if iter_num:  # new weights give all images nearly the same embedding
+                        warn_of_collapse(result)
                     if sheet:
                         sheet.save(os.path.join(config.out_dir, 'samples.png'))
                 if result['val_loss'] < best_val_loss and iter_num > 0 and not config.eval_only:

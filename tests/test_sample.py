@@ -11,15 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import inside, launch, read_log, refused, train
+from conftest import inside, launch, make_model, read_log, refused, train
 from PIL import Image
 from test_model import pad, random_image, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 import vision
-from dataloader import tokenize
-from sample import Evaluation, map_across_ranks, mark_low_confidence, prompt_example, score, similarity
+from dataloader import get_tokenizer, tokenize
+from sample import (DEFAULTS, ONE_PROCESS, Evaluation, map_across_ranks, mark_low_confidence, prompt_example, score,
+                    similarity, warn_of_collapse)
 
 
 def ask(run_dir, *words, run=inside, **kwargs):
@@ -395,3 +396,29 @@ def test_similarity_in_chunks_equals_the_direct_computation():
         assert torch.equal(similarity(images, texts, 4), scores)
     ahead = [sum(bool(scores[i, k] >= scores[i, [i, i + 50] if i < 40 else [i]].max()) for k in range(90)) for i in range(50)]
     assert result['i2t_r5'] == pytest.approx(sum(n - 1 < 5 for n in ahead) / 50)
+
+
+def collapsed_evaluation(changes):
+    """The evaluation of a model after changes(model), on drawn pages of several rows of patches."""
+    model = make_model(vision_encoder='vit', connector='linear', max_image_tokens=64, block_size=300)
+    changes(model)
+    knobs = dict(dataset='pydoc', eval_samples=2, eval_iters=1, batch_size=4, image_width=64, image_height=48, one_line=False,
+                 min_chars=16, max_chars=24, font='', font_min=6, font_max=20, max_aspect=1.0, distort=0.0, char_level=False,
+                 text_dataset='', tasks='ocr')
+    config = SimpleNamespace(**{**DEFAULTS, **knobs})
+    evaluation = Evaluation(config, get_tokenizer('bytes'), model, ONE_PROCESS)
+    return evaluation.run(model, torch.autocast('cpu', enabled=False))[0]
+
+
+def test_collapsed_embeddings_are_reported(capsys):
+    def same_for_all(model):
+        model.vision.connector.net[0].weight.data.zero_()
+
+    healthy = collapsed_evaluation(lambda model: model.vision.connector.net[0].weight.data.normal_())
+    collapsed = collapsed_evaluation(same_for_all)
+    assert healthy['cosine'] < 0.999 and healthy['row_cosine'] < 0.999
+    assert collapsed['cosine'] > 0.9999 and collapsed['row_cosine'] > 0.9999
+    warn_of_collapse({'sources': {'a': collapsed}})
+    assert capsys.readouterr().err.count('has collapsed') == 2
+    warn_of_collapse({'cosine': 0.5, 'row_cosine': 0.98})
+    assert not capsys.readouterr().err

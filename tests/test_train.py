@@ -133,10 +133,10 @@ def test_pixel_recovery_is_reported_with_its_losses_and_controls(tmp_path):
     process = train(tmp_path, *CONTINUATION)
     assert process.returncode == 0, process.stderr
     result = read_log(tmp_path)[-1]['eval']
-    gain = result['none_loss'] - result['infix_loss']
-    assert result['R'] == pytest.approx((result['none_loss'] - result['pixels_loss']) / gain)
-    assert result['R_shuffled'] == pytest.approx((result['none_loss'] - result['shuffled_loss']) / gain)
-    assert result['R_blank'] == pytest.approx((result['none_loss'] - result['blank_loss']) / gain)
+    gain = result['blank_loss'] - result['infix_loss']  # all examples are continuations
+    assert result['R'] == pytest.approx((result['blank_loss'] - result['val_loss']) / gain)
+    assert result['R_shuffled'] == pytest.approx((result['blank_loss'] - result['shuffled_loss']) / gain)
+    assert result['R32'] != result['R'] and result['R32_shuffled'] != result['R_shuffled']
     refused(train(tmp_path, *CONTINUATION, '--block_size=40'), 'too small to measure R')
 
 
@@ -207,7 +207,7 @@ def test_render_pretrain_runs_with_its_own_tokenizer(tmp_path):
                      '--eval_iters=8', f'--out_dir={tmp_path}')
     assert process.returncode == 0, process.stderr
     evals = [r['eval'] for r in read_log(tmp_path) if 'eval' in r]
-    assert len(evals) == 2 and all({'R', 'R_shuffled', 'R_blank', 'text_loss'} <= set(result) for result in evals)
+    assert len(evals) == 2 and all({'R', 'R_shuffled', 'R32', 'text_loss'} <= set(result) for result in evals)
     assert (tmp_path / 'samples.png').exists()
 
 
