@@ -571,8 +571,13 @@ class Evaluation:
 
     def image_cosines(self, examples):
         """Mean cosines of the mean embeddings of images, and of those of an image's rows; {} where there is one only."""
-        patches, grid = self.batch(examples)['images']
-        emb, valid = self.model.vision(patches, grid)                                    # (N, L, C), (N, L)
+        batch = self.batch(examples)
+        patches, grid = batch['images']
+        outputs = []  # by a hook, because parts of a sharded model run in its forward pass only
+        hook = self.model.vision.register_forward_hook(lambda module, args, output: outputs.append(output))
+        self.model(batch)
+        hook.remove()
+        emb, valid = outputs[0]                                                          # (N, L, C), (N, L)
         means = [own[is_valid].mean(0) for own, is_valid in zip(emb.float(), valid)]     # N of (C)
         result = {'cosine': mean_cosine(torch.stack(means)[:, None])} if len(means) > 1 else {}
         k = cell_size(self.model.config)

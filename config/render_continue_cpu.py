@@ -4,6 +4,11 @@ has learned to read there, learns to continue after it.
 
     torchrun train.py config/quickstart.py
     python train.py config/render_continue_cpu.py
+
+Measured 2026-11-26, 2 cores of an AMD EPYC: 8.8 minutes. Of what the hidden words tell about the first 32 characters after
+them, R = 35 % comes through their pixels, -43 % with another line's image; of all that follows 37 and -46 %. CER 3.3 %.
+Tried, 1500 steps: no blank images in training, R 76 %, but 48 % with another line's image: a blank one only confuses then;
+splits between words only, R 26 %.
 """
 out_dir = 'out/render_continue_cpu'
 init_from = 'out/quickstart/ckpt.pt'

@@ -30,7 +30,7 @@ from sample import held_out_examples
 
 KNOBS = SimpleNamespace(tasks='ocr:1', one_line=True, font='', font_min=6, font_max=60, image_width=256, image_height=16,
                         min_chars=16, max_chars=32, min_span=60, max_span=120, infix_min=0.1, infix_max=0.4, distort=0.0,
-                        augment='', char_level=False, max_aspect=1.0, blank_images=0.0)
+                        augment='', char_level=False, max_aspect=1.0, blank_images=0.0, overfit_rows=0)
 
 
 def knobs(**changes):
@@ -361,7 +361,7 @@ def is_blank(image):
 
 
 def test_a_share_of_the_images_is_blank_in_training_and_none_in_an_evaluation():
-    knobs = SimpleNamespace(**{**vars(KNOBS), 'tasks': 'continuation', 'blank_images': 0.3, 'overfit_rows': 0})
+    knobs = SimpleNamespace(**{**vars(KNOBS), 'tasks': 'continuation', 'blank_images': 0.3})
     examples = Examples([{'text': 'some words to read and more of them ' * 5}], knobs, 0)
     n_blank = sum(is_blank(examples[i]['images'][0]) for i in range(200))
     assert 40 < n_blank < 80
