@@ -418,5 +418,5 @@ def test_collapsed_embeddings_are_reported(capsys):
     assert collapsed['cosine'] > 0.9999 and collapsed['row_cosine'] > 0.9999
     warn_of_collapse({'sources': {'a': collapsed}})
     assert capsys.readouterr().err.count('has collapsed') == 2
-    warn_of_collapse({'cosine': 0.5, 'row_cosine': 0.98})
+    warn_of_collapse({'cosine': 0.995, 'row_cosine': 0.98})
     assert not capsys.readouterr().err
