@@ -432,7 +432,7 @@ class GPT(nn.Module):
         stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=idx.device)
         out = F.pad(idx.masked_fill(idx < 0, pad_id), (0, S - T), value=pad_id)  # (B, S)
         logprobs = torch.zeros((B, S), device=idx.device)
-        forced = [[] for _ in range(B)]  # what a tool has written, and is not in the row yet
+        forced = [[] for _ in range(B)]  # ids that a tool has written and that are not in the row yet
         done = left <= 0
         while not done.all():
             mask = slots <= cache_pos[:, None, :, None]                         # (B, 1, T or 1, S)
@@ -442,11 +442,7 @@ class GPT(nn.Module):
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
             if return_logprobs:
                 logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
-            if tools:
-                new = [queue.pop(0) if queue else token for queue, token in zip(forced, new.tolist())]
-                for queue, token, row, end in zip(forced, new, out, lengths.tolist()):
-                    queue += tools[token]([*row[:end].tolist(), token]) if token in tools else []
-                new = torch.tensor(new, device=idx.device)
+            new = call_tools(tools, forced, new, out, lengths) if tools else new
             new = new.masked_fill(done, pad_id)
             out[rows, lengths] = new
             left = (left - 1).masked_fill(torch.isin(new, stop_ids), 0)
@@ -454,8 +450,7 @@ class GPT(nn.Module):
             # the new token is the next query: it comes after its own row's text, at the next position
             cache_pos = lengths[:, None]                                        # (B, 1)
             lengths = lengths + 1
-            if lora_mask is not None:
-                lora_mask = lora_mask[:, -1:]                                   # (B, 1, 1)
+            lora_mask = None if lora_mask is None else lora_mask[:, -1:]        # (B, 1, 1)
             pos = (pos[rows, last, None] + 1).clamp(max=self.config.block_size - 1)  # (B, 1)
             x = self.add_position_embedding(self.transformer.wte(new[:, None]), pos)  # (B, 1, C)
             last = 0
@@ -501,6 +496,16 @@ class GPT(nn.Module):
                 module.merge()
         self.config = replace(self.config, lora_rank=0)
         self.base_model = None
+
+def call_tools(tools, forced, new, out, lengths):
+    """The new ids (B,), where a row's list in `forced` is not empty replaced by its first; if one of them is a tool's,
+    what the tool writes after the row, out[b, :lengths[b]], and that id is added to the row's list.
+    """
+    new = [queue.pop(0) if queue else token for queue, token in zip(forced, new.tolist())]
+    for queue, token, row, end in zip(forced, new, out, lengths.tolist()):
+        if token in tools:
+            queue += tools[token]([*row[:end].tolist(), token])
+    return torch.tensor(new, device=out.device)
 
 def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """One id for each row of logits (B, vocab_size).
