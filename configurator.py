@@ -21,7 +21,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-
 def configure(knobs, config_class=None, argv=None):
     """Overrides the knobs in a script's globals() by config files and --key=value, in their order. Returns
     {name: value} of all knobs; the script's own are set in its globals as well.

@@ -446,7 +446,7 @@ class Examples:
 # -----------------------------------------------------------------------------
 # a mixture of datasets
 
-SOURCE = re.compile(r'([^\s:@]+)(?:([:@])([0-9.]+))?(?::(all|assistant))?')
+SOURCE = re.compile(r'([^\s:@]+)(?:([:@])(\d+\.?\d*|\.\d+))?(?::(all|assistant))?')
 
 @dataclasses.dataclass
 class Source:
@@ -461,16 +461,12 @@ def parse_mixture(spec):
     sources = []
     for word in spec.split():
         match = SOURCE.fullmatch(word)
-        try:
-            name, kind, value, loss_on = match.groups()
-            amount = float(value or 1)
-        except (AttributeError, ValueError):
-            raise ValueError(f'dataset {spec!r}: expected NAME, NAME:PASSES or NAME@SHARE, each also with :all or :assistant '
-                             f'for what is in the loss, got {word!r}') from None
-        passes, share = (0.0, amount) if kind == '@' else (amount, 0.0)
-        if not amount or share >= 1 and ' ' in spec.strip():
-            raise ValueError(f'dataset {spec!r}: {word} must be above 0, and a share below 1')
-        sources.append(Source(name, passes, share, loss_on or ''))
+        amount = float(match[3] or 1) if match else 0
+        if not amount:
+            raise ValueError(f'dataset {spec!r}: expected NAME, NAME:PASSES or NAME@SHARE above 0, each also with :all or '
+                             f':assistant for what is in the loss, got {word!r}')
+        passes, share = (0.0, amount) if match[2] == '@' else (amount, 0.0)
+        sources.append(Source(match[1], passes, share, match[4] or ''))
     if len({source.name for source in sources}) < max(1, len(sources)):
         raise ValueError(f'dataset {spec!r}: expected one or more datasets, each once')
     return sources
@@ -481,15 +477,15 @@ def count_draws(sources, sizes):
     counts = [round(source.passes * size) for source, size in zip(sources, sizes)]
     if any(counts) and shares < 1:
         total = sum(counts) / (1 - shares)
-    elif abs(shares - 1) < 1e-6:  # nothing says how long an epoch is: as long as all rows
+    elif abs(shares - 1) < 1e-6:  # nothing determines how long an epoch is: as long as all rows
         total = sum(sizes)
     else:
-        raise ValueError(f'the shares of a mixture are {shares:g} together: expected 1, or less beside NAME:PASSES')
+        raise ValueError(f'the shares of a mixture are {shares:g} together: expected 1, or less than 1 next to NAME:PASSES')
     return [max(1, count or round(source.share * total)) for source, count in zip(sources, counts)]
 
 def locate(position, counts):
     """Draw number `position` of an epoch -> (source, number of the draw in the source), such that the draws of each source are
-    evenly spread: draw k of `count` comes at (2 k + 1) / (2 count) of the epoch; of equal times the first source is first.
+    evenly distributed: draw k of `count` comes at (2 k + 1) / (2 count) of the epoch; of equal times the first source is first.
     """
     def draws_before(i, k):
         """How many draws come before draw k of source i."""

@@ -37,7 +37,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vision import Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint, group_parameters
 
-
 @dataclass
 class GPTConfig(VisionConfig):
     n_layer: int = 12

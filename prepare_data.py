@@ -208,7 +208,7 @@ def question_example(image, question, answer, metric=''):
     return {**example, 'metric': metric} if metric else example
 
 def image_bytes(image):
-    """The bytes of an image in a row of `datasets`, which decodes none: {"bytes": ..., "path": ...}."""
+    """The bytes of an image in a row of `datasets`, which decodes none: {"bytes": ..., "path": ...}. A path stays one."""
     data = image.get('bytes') if isinstance(image, dict) else image
     if not data:
         raise ValueError('the image is missing')

@@ -71,9 +71,14 @@ def strip_unsupported(text, font=''):
 # fit: text and a box -> font size and lines
 
 @lru_cache(maxsize=2**18)
-def word_length(face, word):
-    """The width of a word in pixels. A text repeats its words, so most of them are measured already."""
+def short_word_length(face, word):
     return face.getlength(word)
+
+def word_length(face, word):
+    """The width of a word in pixels. A text repeats its words, so most of them are measured already; long ones are not
+    kept, because where no spaces are written a word is a whole paragraph.
+    """
+    return short_word_length(face, word) if len(word) <= 32 else face.getlength(word)
 
 def wrap(text, width, length):
     """Breaks text into lines of at most `width` pixels, at spaces if possible and inside a word if necessary.
@@ -136,13 +141,14 @@ def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
         lines = wrap(text, width, partial(word_length, face))
         if text_height(len(lines), face) > height:
             return None
-        x0, y0, x1, y1 = ink_box(lines, face)
-        return (size, lines, (x0, y0, x1, y1)) if x1 - x0 <= width and y1 - y0 <= height else None
+        ink = x0, y0, x1, y1 = ink_box(lines, face)
+        return (size, lines, ink) if x1 - x0 <= width and y1 - y0 <= height else None
 
     line_height = lambda size: sum(load_font(font, size).getmetrics())
     high = min_size - 1 + bisect_right(range(min_size, max_size + 1), height, key=line_height)
+    # at `size` the text, on one line, is `length` * size / 32 wide and LEADING * size high
     face = load_font(font, 32)
-    length = sum(word_length(face, word) for word in re.findall(r'\S+|\s', text))
+    length = max(1, sum(word_length(face, word) for word in re.findall(r'\S+|\s', text)))
     size = int(math.sqrt(32 * width * height / (LEADING * length)))
     size = max(min_size, min(size, high))
     best = fit_at(size) if size <= high else None
@@ -151,7 +157,7 @@ def fit(text, width, height, font='', min_size=MIN_SIZE, max_size=MAX_SIZE):
         size += step
         found = fit_at(size)
         best = found or best
-        if bool(found) != bool(step > 0):
+        if bool(found) == (step < 0):  # up to the first that does not fit, or down to the first that does
             break
     if best is None:
         raise DoesNotFit(f'a text of {len(text)} characters does not fit {width}x{height} pixels at font size '

@@ -514,7 +514,8 @@ class Evaluation:
         if any(e['images'] for e in examples):
             result['blank_loss'] = self.losses(examples, blank)['lm']
             result['shuffled_loss'] = self.losses(shuffled(examples))['lm']
-            result |= self.image_cosines([e for e in examples if e['images']][:64])
+            with_images = [e for e in examples if e['images']]
+            result |= self.image_cosines(with_images[:max(2, self.config.batch_size)])  # as many as memory is there for
         if self.texts:
             result['text_loss'] = self.losses(self.texts)['lm']
         hidden = [e for e in examples if 'infix' in e]
@@ -647,7 +648,7 @@ class MixtureEvaluation:
             own = {**common, 'dataset': source.name, 'loss_on': source.loss_on or config.loss_on}
             self.evaluations[source.name] = Evaluation(SimpleNamespace(**own), enc, model, dist_env)
         for number, evaluation in enumerate(self.evaluations.values()):
-            evaluation.n_cells = max(4, 4 * per_source(8))  # whole rows of four
+            evaluation.n_cells = 4 * per_source(8)  # whole rows of four
             if number:
                 evaluation.texts = []  # text_loss is measured once
 

@@ -102,7 +102,7 @@ font_max = 200
 distort = 0.0                  # strength of random colors, position, rotation, blur and noise, 0 to 1
 # image files
 augment = ''                   # crop, color or crop+color: another part of an image, other colors, each time
-feature_cache = True           # of a frozen encoder: use what prepare_data.py features has stored, unless augment is set
+feature_cache = True           # of a frozen encoder: use what prepare_data.py features has stored; one dataset, no augment
 # model; python train.py --help lists the others
 n_layer = 12
 n_head = 12

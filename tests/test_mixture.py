@@ -105,7 +105,7 @@ def test_memory_stays_the_same_while_rows_grow_a_hundredfold():
 
 
 @pytest.mark.parametrize('spec, message', [
-    ('', 'one or more'), ('a a:2', 'each once'), ('a:0 b', 'above 0'), ('a@1.5 b', 'below 1'), ('a:x', "got 'a:x'"),
+    ('', 'one or more'), ('a a:2', 'each once'), ('a:0 b', 'above 0'), ('a@0', 'above 0'), ('a:x', "got 'a:x'"),
     ('a:1:most', "got 'a:1:most'"), ('a:1.2.3', "got 'a:1.2.3'")])
 def test_a_wrong_mixture_is_refused(spec, message):
     with pytest.raises(ValueError, match=message):
@@ -114,7 +114,7 @@ def test_a_wrong_mixture_is_refused(spec, message):
 
 def test_shares_that_do_not_add_up_are_refused():
     assert count_draws(parse_mixture('a@0.25 b@0.75'), [100, 60]) == [40, 120]
-    for spec in ('a@0.5 b@0.6', 'a@0.5 b@0.3', 'a:1 b@0.7 c@0.4'):
+    for spec in ('a@1.5 b', 'a@0.5', 'a@0.5 b@0.6', 'a@0.5 b@0.3', 'a:1 b@0.7 c@0.4'):
         with pytest.raises(ValueError, match='the shares of a mixture are'):
             count_draws(parse_mixture(spec), [100, 100, 100])
 

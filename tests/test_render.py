@@ -254,3 +254,12 @@ def test_lengths_of_words_add_up_in_the_built_in_font():
             parts = line.split(' ')
             total = sum(map(face.getlength, parts)) + (len(parts) - 1) * face.getlength(' ')
             assert total == pytest.approx(face.getlength(line), abs=0.1)
+
+
+def test_text_without_spaces_or_width_is_drawn_and_not_kept_in_memory():
+    render.short_word_length.cache_clear()
+    long_word = 'x' * 3000
+    size, lines, _ = fit(long_word, 400, 400)
+    assert ''.join(lines) == long_word and size >= render.MIN_SIZE
+    assert render.short_word_length.cache_info().currsize < 200  # beginnings of words of at most 32 characters
+    assert fit('\u0301', 100, 30)[0] >= render.MIN_SIZE  # an accent of no width, if the font has one
