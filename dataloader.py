@@ -850,7 +850,8 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
 
     targets[t] is the token after idx[t], or -1 where it is not in the loss: 'assistant' has the answers and their end in the
     loss, 'all' every text token. Image tokens and their marks are no targets; the last one predicts the text after it. Text
-    beyond block_size positions is cut; an image, which takes one, is not. ValueError if something does not fit.
+    beyond block_size positions is cut; an image, which takes one or with image_positions=each one for each token, is not.
+    ValueError if something does not fit.
     """
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
@@ -866,14 +867,16 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     if len(positions) != len(images):
         raise ValueError(f'the example has {len(images)} images, but its text has {len(positions)} <image>: write '
                          'one for each')
-    needed = len(ids) if prompt_only else 1 + max(positions, default=-1) + config.image_marks
+    n_tokens = [vision.num_tokens(image, config) for image in images]
+    extra = sum(n_tokens) - len(images) if config.image_positions == 'each' else 0  # positions
+    needed = extra + (len(ids) if prompt_only else 1 + max(positions, default=-1) + config.image_marks)
     if needed > config.block_size:
         subject = 'the prompt takes' if prompt_only else 'text and images up to the last image take'
         raise TooLong(f'{subject} {needed} positions, but block_size is {config.block_size}: enlarge it')
     if not prompt_only:  # one more than block_size, because the last id is only a target
-        del ids[config.block_size + 1:], in_loss[config.block_size + 1:]
-    for position, image in reversed(list(zip(positions, images))):
-        n = vision.num_tokens(image, config)
+        longest = config.block_size + 1 - extra
+        del ids[longest:], in_loss[longest:]
+    for position, n in reversed(list(zip(positions, n_tokens))):
         ids[position:position + 1] = [config.image_token] * n
         in_loss[position:position + 1] = [False] * n
     if prompt_only:
@@ -902,9 +905,9 @@ def target_places(targets):
 
 def collate(examples, config, n_images=0):
     """Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; places (n,), as in
-    `target_places`; lengths int64 (B,); images, the (patches, grid) of all of them, row by row, or None without vision; of
-    packed rows also docs (B, T), as in `pack`. n_images as in vision.collate. An {"error": sentence} among the examples is
-    returned in place of a batch. ValueError if ids and images disagree.
+    `target_places`; lengths int64 (B,); images, what vision.collate makes of all of them, row by row, or None without
+    vision; of packed rows also docs (B, T), as in `pack`. n_images as in vision.collate. An {"error": sentence} among the
+    examples is returned in place of a batch. ValueError if ids and images disagree.
     """
     errors = [example for example in examples if 'error' in example]
     if errors:
@@ -1008,6 +1011,7 @@ class FeatureCache:
     def find(cls, root, config, fingerprint):
         """The finished cache that fits the model, or None. Without published weights features change with every step."""
         cache = cls(root, config, fingerprint)
+        fingerprint = fingerprint and not config.image_newlines  # where rows end is not stored
         return cache if fingerprint and cache.finished.exists() else None
 
     def file_for(self, path):
@@ -1023,8 +1027,8 @@ class FeatureCache:
 
         def compute(paths):
             images = [vision.preprocess(image, model.config) for image in pool.map(load_image, paths)]
-            patches, grid = vision.collate(images, model.config)
-            features, valid = model.features(patches.to(device), grid.to(device))  # (N, L', C), (N, L')
+            batch = [tensor.to(device) for tensor in vision.collate(images, model.config)]
+            features, valid = model.features(*batch)  # (N, L', C), (N, L')
             return [x[own].cpu() for x, own in zip(features, valid)]
 
         with ThreadPoolExecutor(4) as pool:

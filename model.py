@@ -3,7 +3,7 @@ Full definition of a GPT that reads text and images, all of it in this single fi
 (vision.py). It is nanoGPT's model with nanoGPT's names, and these additions:
 
     embed       an image embedding takes the place of the token embedding of each <image> id
-    positions   an image takes ONE position, however many tokens it has; text counts on after it
+    positions   an image takes ONE position, however many tokens it has (or one for each: image_positions)
     generate    with a preallocated KV cache, for a batch of prompts of different lengths
     Linear      LoRA, on request
     switches    what differs between GPT-2 and Llama or Qwen3: norm, position, mlp, n_kv_head, qk_norm, ...
@@ -35,7 +35,8 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vision import Freezable, QFormerPretraining, Vision, VisionConfig, complete_config, fingerprint, group_parameters
+from blip2 import QFormerPretraining
+from vision import Freezable, Vision, VisionConfig, complete_config, fingerprint, group_parameters
 
 @dataclass
 class GPTConfig(VisionConfig):
@@ -297,8 +298,8 @@ class GPT(nn.Module):
     # a sequence with images in it
 
     def embed(self, idx, images=None, docs=None):
-        """idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: (patches, grid) from
-        vision.collate, all images of the batch, row by row; or None. docs (B, T): in packed rows, the number of
+        """idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: what vision.collate
+        returns, all images of the batch, row by row; or None. docs (B, T): in packed rows, the number of
         each token's document. Returns embeddings (B, T, C), position embeddings included if those are learned,
         and positions (B, T), which restart with each document. Raises ValueError if the numbers of <image> ids
         and image tokens differ, or block_size is exceeded.
@@ -317,8 +318,8 @@ class GPT(nn.Module):
             j = (is_image.flatten().cumsum(0) - 1).clamp(0, N * L - 1).view(B, T)
             source = order[j]                                                   # (B, T)
             x = torch.where(is_image[..., None], emb.to(x.dtype).flatten(0, 1)[source], x)
-            # only an image's first token advances the position
-            advances = advances & (~is_image | (source % L == 0))
+            if self.config.image_positions != 'each':  # only an image's first token advances the position
+                advances = advances & (~is_image | (source % L == 0))
         pos = (count_in_document(advances, docs) - 1).clamp(min=0)              # (B, T)
         if not torch.compiler.is_compiling():  # reading values would break the graph
             if is_image.sum() != n_embeds:
@@ -720,7 +721,8 @@ def published_fingerprint(model):
 # what vision_from takes over: the fields of GPTConfig that describe an encoder and its images
 ENCODER_FIELDS = ('vision_encoder', 'vision_n_layer', 'vision_n_head', 'vision_n_embd', 'vision_layer',
                   'vision_cls', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'image_fit',
-                  'image_size', 'image_mean', 'image_std')
+                  'image_size', 'image_mean', 'image_std', 'max_tiles', 'tile_size', 'deepencoder_mode', 'sam_tower',
+                  'clip_tower')
 # those of a Q-Former, and their names in BLIP-2's config.json
 QFORMER_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
                   'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
@@ -738,8 +740,9 @@ def vision_of(checkpoint, source, connector):
     names = ENCODER_FIELDS if args['vision_encoder'] else ()
     if any(name.startswith('vision.qformer.') for name in state):
         names += tuple(QFORMER_FIELDS)
-    elif args['vision_encoder'] != 'vit':
-        raise ValueError(f'vision_from={source} has no small ViT to take over; a Q-Former needs --connector=qformer')
+    elif args['vision_encoder'] not in ('vit', 'deepencoder', 'deepencoder_tiny'):
+        raise ValueError(f'vision_from={source} has no small ViT or deepencoder to take over; a Q-Former needs '
+                         '--connector=qformer')
     return {name: args[name] for name in names}, state
 
 def load_vision_from(model, state, source):

@@ -1106,6 +1106,8 @@ def store_features(
     """Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted."""
     if not vision.is_pretrained(config):
         raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen encoder, got {config.vision_encoder!r}')
+    if config.image_newlines:
+        raise ValueError('stored features do not say where rows end: leave image_newlines out')
     rows = itertools.chain(open_rows(dataset, 'train'), open_rows(dataset, 'val'))
     paths = list(dict.fromkeys(path for row in rows for path in row.get('images', ())))
     if not paths:

@@ -42,11 +42,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import render
+from blip2 import QFormerPretraining
 from configurator import configure, run
 from dataloader import (ASSISTANT, CALL_MARKS, IMAGE, Examples, FileRows, TooLong, collate, count_draws,
                         get_tokenizer, image_error, load_image, open_rows, parse_mixture, tokenize)
 from model import build_model, read_weights, to_hugging_face
-from vision import QFormerPretraining, cell_size
+from vision import NEWLINE, cell_size
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'     # out_dir's checkpoint; or, as in train.py, a checkpoint's path or a published model
@@ -573,7 +574,7 @@ class Evaluation:
     def image_cosines(self, examples):
         """Mean cosines of the mean embeddings of images, and of those of an image's rows; {} where there is one only."""
         batch = self.batch(examples)
-        patches, grid = batch['images']
+        patches, grid, *layout = batch['images']
         outputs = []  # by a hook, because parts of a sharded model run in its forward pass only
         hook = self.model.vision.register_forward_hook(lambda module, args, output: outputs.append(output))
         self.model(batch)
@@ -586,6 +587,8 @@ class Evaluation:
         # neither a Q-Former's queries nor cached features have rows
         if self.model.config.connector != 'qformer' and not patches.is_floating_point():
             rows = grid[..., 0].unflatten(1, (-1, k**2)).amax(2) // k                    # (N, L), -1 for padding
+            for newlines in layout:  # these say where rows end
+                rows = (newlines == NEWLINE).cumsum(1).where(newlines >= 0, -1)          # (N, P), -1 for newlines
             for own, row in zip(emb.float(), rows):
                 means = [own[row == r].mean(0) for r in range(int(row.max()) + 1)]
                 if len(means) > 1:

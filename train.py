@@ -44,7 +44,7 @@ from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, n
                    read_weights, vision_of)
 from render import parse_tasks
 from sample import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device, warn_of_collapse
-from vision import VisionConfig, complete_config
+from vision import VisionConfig, complete_config, is_deepencoder
 
 # -----------------------------------------------------------------------------
 # run
@@ -113,6 +113,8 @@ bias = False                   # do we use bias inside LayerNorm and Linear laye
 optimizer = 'adamw'            # adamw, or muon for the hidden matrices and adamw for the rest
 learning_rate = 6e-4           # max learning rate of the GPT; 0 freezes it
 vision_lr = 6e-4               # of the encoder
+sam_lr = -1.0                  # of deepencoder's SAM; -1: vision_lr
+compressor_lr = -1.0           # of its compressor; -1: vision_lr
 qformer_lr = 6e-4              # of the Q-Former
 connector_lr = 6e-4            # of the connector
 muon_lr = 0.02                 # of the hidden matrices under optimizer muon
@@ -354,7 +356,7 @@ def load_optimizer(opt, state):
 
 def configure_optimizers(model, config):
     """A list of optimizers over the parts of a model, each with its own learning rate: learning_rate of the
-    GPT, vision_lr, qformer_lr and connector_lr. A rate of 0 freezes the part: no gradient, no optimizer
+    GPT, vision_lr, sam_lr, compressor_lr, qformer_lr and connector_lr. A rate of 0 freezes the part: no gradient, no optimizer
     state, eval mode. Matrices and embeddings decay, biases and norms don't. With lora_rank only the updates
     of the GPT are trained. What is trained becomes float32: a small update is lost in bfloat16's rounding.
 
@@ -366,6 +368,8 @@ def configure_optimizers(model, config):
         raise ValueError(f'optimizer must be adamw or muon, got {config.optimizer!r}')
     rates = {'gpt': config.learning_rate, 'vision': config.vision_lr, 'qformer': config.qformer_lr,
              'connector': config.connector_lr}
+    for part, lr in (('sam', config.sam_lr), ('compressor', config.compressor_lr)):
+        rates[part] = config.vision_lr if lr == -1 else lr
     adamw_groups, muon_groups = [], []
     for part, named in model.param_groups().items():
         lr = rates[part]
@@ -376,7 +380,8 @@ def configure_optimizers(model, config):
                 continue
             if p.dtype != torch.float32:
                 p.data = p.data.float()
-            if config.optimizer == 'muon' and '.h.' in name and p.dim() == 2 and '.lora_' not in name:
+            is_in_block = any(blocks in name for blocks in ('.h.', '.blocks.', '.resblocks.'))
+            if config.optimizer == 'muon' and is_in_block and p.dim() == 2 and name.endswith('weight'):
                 hidden.append(p)
             elif p.dim() >= 2:
                 matrices.append(p)
@@ -463,9 +468,14 @@ def estimate_flops(model, batch):
     """
     idx, images = batch['idx'], batch['images']
     n_image_tokens = int((idx == model.config.image_token).sum())
-    tokens = {'vision': 0, 'qformer': n_image_tokens, 'connector': n_image_tokens, 'gpt': int((idx >= 0).sum())}
+    tokens = {'qformer': n_image_tokens, 'connector': n_image_tokens, 'gpt': int((idx >= 0).sum())}
+    n_patches = 0
     if images is not None and not images[0].is_floating_point():  # cached features skip the encoder
-        tokens['vision'] = int((images[1][..., 0] >= 0).sum())
+        n_patches = int((images[1][..., 0] >= 0).sum())
+    # the first tenth of the compressor's weights acts at a quarter of the places, the rest at a 16th
+    tokens |= {'sam': n_patches, 'compressor': n_patches / 10, 'vision': n_patches}
+    if is_deepencoder(model.config):
+        tokens['vision'] = n_patches // 16
     lookups = ['wpe.weight', 'row_embed.weight', 'col_embed.weight']  # tables that nothing is multiplied with
     if not model.config.tie_weights:
         lookups.append('wte.weight')

@@ -6,11 +6,11 @@ Images -> image tokens: everything between an image and the embeddings that the 
     collate             the images of a batch, padded to one length
     ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
     PretrainedEncoder   patches -> features: CLIP, SigLIP, DINOv2, ... with published weights   (an encoder)
+    DeepEncoder         patches -> features: DeepSeek-OCR's, SAM and CLIP, few tokens for pages (an encoder)
     pool                features -> their mean over each cell of k x k patches
     QFormer             features -> a fixed number of queries that have attended to them
-    Connector           features or queries -> embeddings as wide as the GPT's: linear or mlp
+    Connector           features or queries -> embeddings as wide as the GPT's: linear or mlp; newlines
     Vision              all of it in one module: what `GPT.vision` is
-    QFormerPretraining  BLIP-2's first stage: encoder and Q-Former are trained on captions, without a GPT
 
 The ViT reads an image at its native resolution: the image keeps its size and aspect and becomes as many
 patches as it takes, up to a limit. A batch of them is padded, and attention ignores the padding. Most
@@ -24,7 +24,8 @@ References:
 2) NaViT, patches of images of many sizes in one batch: https://arxiv.org/abs/2307.06304
 3) LLaVA, a frozen CLIP's penultimate layer: https://arxiv.org/abs/2304.08485
 4) LLaVA-1.5, the two-layer MLP connector, and padding to a square: https://arxiv.org/abs/2310.03744
-5) BLIP-2, the Q-Former and its first stage: https://arxiv.org/abs/2301.12597
+5) BLIP-2, the Q-Former: https://arxiv.org/abs/2301.12597
+6) DeepSeek-OCR, how much text fits into an image token: https://arxiv.org/abs/2510.18234
 """
 
 import difflib
@@ -39,7 +40,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image, ImageOps
 from torch.nn import functional as F
@@ -59,8 +59,9 @@ class VisionConfig:
     image_token: int = derived(-1)  # id of <image>
     image_marks: bool = False  # a begin- and an end-of-image token around each image
     # vision
-    vision_encoder: str = ''  # '' for a text-only GPT, vit (from scratch), or a pretrained encoder, like
-    #                           ViT-L-14-quickgelu/openai or timm/vit_small_patch14_dinov2.lvd142m
+    image_positions: str = ''  # one: all tokens of an image share a position; each has its own; '' takes one
+    vision_encoder: str = ''  # '' for a text-only GPT, vit (from scratch), deepencoder, deepencoder_tiny (from scratch), or a
+    #                           pretrained encoder, like ViT-L-14-quickgelu/openai or timm/vit_small_patch14_dinov2.lvd142m
     connector: str = 'mlp'    # linear, mlp, pool or qformer
     pool_size: int = 2        # connector pool: k x k patches become one token
     n_queries: int = 32       # connector qformer: any image becomes as many tokens
@@ -80,6 +81,12 @@ class VisionConfig:
     image_fit: str = ''       # of a pretrained encoder: native, each image keeps its size and aspect, or how it becomes
     #                           a square: pad, squash, crop; '' takes native for timm/naflexvit_*, else pad
     image_size: int = 0       # side of the squares, in pixels; 0: that of the pretrained encoder, and no squares for vit
+    max_tiles: int = 0        # of squares: up to so many tiles of a large image come before the whole of it
+    tile_size: int = 0        # side of a tile, in pixels; 0: image_size
+    image_newlines: bool = False  # a trained vector after each row of an image's tokens, and one at its end
+    deepencoder_mode: str = ''  # tiny, small, base, large or gundam: size and tiles of its images
+    sam_tower: str = 'timm/samvit_base_patch16.sa1b'  # deepencoder's SAM and CLIP, with their weights
+    clip_tower: str = 'ViT-L-14-quickgelu/openai'
     image_mean: tuple = derived((0.5, 0.5, 0.5))
     image_std: tuple = derived((0.5, 0.5, 0.5))
     # BLIP-2's first stage
@@ -94,8 +101,13 @@ def is_native(config):
     """Whether an image keeps its size and aspect, up to max_image_tokens. Otherwise it becomes a square."""
     return config.image_fit == 'native' if is_pretrained(config) else not config.image_size
 
+def is_deepencoder(config):
+    return config.vision_encoder in ('deepencoder', 'deepencoder_tiny')
+
 def cell_size(config):
-    """Side, in patches, of the square that becomes one image token: pool_size for `pool`, else 1."""
+    """Side, in patches, of the square that becomes one image token: 4 for deepencoder, pool_size for `pool`, else 1."""
+    if is_deepencoder(config):
+        return 4
     return config.pool_size if config.connector == 'pool' else 1
 
 # -----------------------------------------------------------------------------
@@ -106,10 +118,22 @@ def preprocess(image, config):
         patches  uint8 (L, patch_height * patch_width * 3), the pixels of each patch
         grid     int64 (L, 2), the row and column of each patch, -1 where the entry is padding
     The patches come cell by cell, the k x k of one image token next to each other: pooling is a reshape.
-    Raises ValueError for an image that is too elongated.
+    With tiles the whole image comes first, then each tile; the rows and columns are those of one large image, all
+    tiles in their places and the whole image below them. Raises ValueError for an image that is too elongated.
     """
+    patches, grid = cut_into_patches(resize(image, config), config)
+    tiles, rows_of_tiles = cut_into_tiles(image, config)
+    if not tiles:
+        return patches, grid
+    parts = [(patches, grid.where(grid < 0, grid + torch.tensor([rows_of_tiles, 0])))]
+    for tile, corner in tiles:
+        patches, grid = cut_into_patches(tile, config)
+        parts.append((patches, grid.where(grid < 0, grid + torch.tensor(corner))))
+    return tuple(map(torch.cat, zip(*parts)))
+
+def cut_into_patches(image, config):
+    """`preprocess` of an image, or a tile, that has its size."""
     ph, pw, k = config.patch_height, config.patch_width, cell_size(config)
-    image = resize(image, config)
     width, height = image.size
     rows = k * math.ceil(height / (k * ph))  # of patches, in whole cells
     cols = k * math.ceil(width / (k * pw))
@@ -134,6 +158,40 @@ def cut(array, k, height, width):
     array = array.transpose(0, 3, 1, 4, 2, 5, 6)            # (rows, cols, k, k, height, width, C)
     return torch.from_numpy(array.reshape(-1, height * width * C))
 
+def cut_into_tiles(image, config):
+    """[(tile, (row, column) of its first patch)], and how many rows of patches all tiles have. An image that is not larger
+    than a tile has none. The image becomes as many tiles wide and high as fits its aspect best, and is distorted to that.
+    """
+    size = whole_patches(config.tile_size, config)
+    cols, rows = tile_shape(*image.size, config)
+    image = image.resize((cols * size, rows * size)) if rows else image
+    tiles = []
+    for row, col in np.ndindex(rows, cols):
+        tile = image.crop((col * size, row * size, (col + 1) * size, (row + 1) * size))
+        tiles.append((tile, (row * size // config.patch_height, col * size // config.patch_width)))
+    return tiles, rows * size // config.patch_height
+
+def tile_shape(width, height, config):
+    """How many tiles an image of this size gets, (in a row, in a column): two to max_tiles in the shape closest to its
+    aspect, or (0, 0). Of equal shapes the largest of which the image has more than half the pixels, as in InternVL,
+    https://arxiv.org/abs/2404.16821, and DeepSeek-OCR.
+    """
+    best, best_difference = (0, 0), math.inf
+    if config.max_tiles < 2 or max(width, height) <= config.tile_size:
+        return best
+    shapes = [(cols, rows) for cols, rows in np.ndindex(config.max_tiles + 1, config.max_tiles + 1)
+              if 2 <= cols * rows <= config.max_tiles]
+    for cols, rows in sorted(shapes, key=math.prod):
+        difference = abs(width / height - cols / rows)
+        is_filled = width * height > 0.5 * config.tile_size**2 * cols * rows
+        if difference < best_difference or difference == best_difference and is_filled:
+            best, best_difference = (cols, rows), difference
+    return best
+
+def whole_patches(size, config):
+    """The part of a square's side that patches cover: 384 pixels hold 27 patches of 14."""
+    return size // config.patch_width * config.patch_width
+
 def resize(image, config):
     """An RGB PIL image at the size at which the encoder reads it; bicubic, Pillow's default."""
     if not is_native(config):
@@ -154,7 +212,7 @@ def resize_to_square(image, config):
     """
     size = config.image_size, config.image_size
     if config.image_fit == 'pad':
-        mean = tuple(round(255 * m) for m in config.image_mean)
+        mean = tuple(int(255 * m) for m in config.image_mean)
         image = ImageOps.pad(image, size, color=mean)
     elif config.image_fit == 'squash':
         image = image.resize(size)
@@ -162,7 +220,7 @@ def resize_to_square(image, config):
         image = ImageOps.fit(image, size)
     else:
         raise ValueError(f'image_fit must be native, pad, squash or crop, got {config.image_fit!r}')
-    whole = config.image_size // config.patch_width * config.patch_width  # 384 pixels hold 27 patches of 14
+    whole = whole_patches(config.image_size, config)
     return image.crop((0, 0, whole, whole))
 
 def scaled_size(width, height, config):
@@ -209,12 +267,40 @@ def num_tokens(image, config):
     if config.connector == 'qformer':
         return config.n_queries
     x, grid = image
-    return len(grid) if x.is_floating_point() else len(grid) // cell_size(config) ** 2
+    if x.is_floating_point():
+        return len(grid)
+    n_newlines = int(grid[:, 0].max()) // cell_size(config) + 2 if config.image_newlines else 0  # one of each row, the end
+    return len(grid) // cell_size(config)**2 + n_newlines
+
+# what `arrange` has in the places of an image that hold no token of the encoder
+END, NEWLINE, PADDING = -3, -2, -1
+
+def arrange(grid, config):
+    """The sequence of an image with newlines: grid (L, 2) -> int64 (P,), the numbers of its tokens row by row, NEWLINE
+    after each row and END after the last. Two tiles of 1 x 2 tokens, then the whole image of 1 x 2:
+
+        2 3 4 5 NEWLINE 0 1 NEWLINE END
+    """
+    k = cell_size(config)
+    row, col = (grid.unflatten(0, (-1, k**2)).amax(1) // k).unbind(1)  # of each token
+    n, n_rows = len(row), int(row.max()) + 1
+    right, below = 1 + int(col.max()), n_rows
+    row = torch.cat([row, torch.arange(n_rows), torch.tensor([below])])
+    col = torch.cat([col, torch.full((n_rows,), right), torch.tensor([0])])
+    number = torch.cat([torch.arange(n), torch.full((n_rows,), NEWLINE), torch.tensor([END])])
+    return number[(row * (right + 1) + col).argsort()]
+
+def view_lengths(config):
+    """How many patches, with padding, a square image has, and each of its tiles."""
+    k = cell_size(config)
+    side = lambda size: k * math.ceil(size // config.patch_width / k)
+    return side(config.image_size)**2, side(config.tile_size)**2
 
 def collate(images, config, n_images=0):
     """Pads the images of a batch, a list of (patches, grid), to the longest. Returns
         patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
+        layout   int64 (N, P), as in `arrange`; with image_newlines only
     With n_images, N is n_images and L the largest possible, so that all batches have one shape. An empty list
     becomes one image that is only padding. It adds no token, but the vision parameters get gradients of 0:
     without them, a batch of text on one rank would leave the other ranks waiting.
@@ -223,14 +309,26 @@ def collate(images, config, n_images=0):
         patches, grid = preprocess(Image.new('RGB', (1, 1)), config)
         images = [(patches, torch.full_like(grid, -1))]
     patches, grids = zip(*images)
+    layouts = [arrange(grid, config) if grid.max() >= 0 else torch.full((1,), PADDING) for grid in grids
+               if config.image_newlines]
     patches = pad_sequence(patches, batch_first=True)                           # (N, L, D)
     grid = pad_sequence(grids, batch_first=True, padding_value=-1)              # (N, L, 2)
-    if n_images:  # squares all have one length
-        length = config.max_image_tokens * cell_size(config)**2 + config.vision_cls if is_native(config) else 0
-        padding = (0, 0, 0, max(0, length - grid.shape[1]), 0, n_images - len(grid))
-        patches = F.pad(patches, padding)
-        grid = F.pad(grid, padding, value=-1)
-    return patches, grid
+    length = grid.shape[1]
+    if config.max_tiles:  # room for one tile at least: see Vision.encode
+        whole, tile = view_lengths(config)
+        length = max(length, whole + (config.max_tiles if n_images else 1) * tile)
+    elif n_images and is_native(config):  # squares all have one length
+        length = max(length, config.max_image_tokens * cell_size(config)**2 + config.vision_cls)
+    padding = (0, 0, 0, length - grid.shape[1], 0, max(0, n_images - len(grid)))
+    patches = F.pad(patches, padding)
+    grid = F.pad(grid, padding, value=-1)
+    if not config.image_newlines:
+        return patches, grid
+    layout = pad_sequence(layouts, batch_first=True, padding_value=PADDING)     # (N, P)
+    if n_images:  # at most a newline for each token
+        longest = 2 * length // cell_size(config)**2 + 1
+        layout = F.pad(layout, (0, longest - layout.shape[1], 0, n_images - len(layout)), value=PADDING)
+    return patches, grid, layout
 
 # -----------------------------------------------------------------------------
 # the encoder: a small ViT, trained from scratch
@@ -481,15 +579,33 @@ def complete_config(config):
     its patches. Reads no weights. Raises ValueError for a wrong name, also for one with another activation
     than its weights were trained with: OpenAI's need the names with "quickgelu".
     """
+    if is_deepencoder(config):
+        config = complete_deepencoder(config)
+    config = replace(config, image_positions=config.image_positions or 'one')
+    if config.image_positions not in ('one', 'each'):
+        raise ValueError(f'image_positions must be one or each, got {config.image_positions!r}')
     if not config.image_fit and (is_pretrained(config) or config.image_size):
         is_naflex = config.vision_encoder.startswith('timm/naflexvit')
         config = replace(config, image_fit='native' if is_naflex else 'pad')
-    if not is_pretrained(config):
-        return config
     if is_native(config) and config.image_size:
         raise ValueError('image_size is the side of squares, and with image_fit=native there are none: set '
                          'max_image_tokens, or --image_fit=pad')
-    return replace(config, **tower_shape(config).fields)
+    if is_pretrained(config):
+        config = replace(config, **tower_shape(config).fields)
+    check_newlines_and_tiles(config)
+    return replace(config, tile_size=config.tile_size or config.image_size) if config.max_tiles else config
+
+def check_newlines_and_tiles(config):
+    """Raises ValueError where they are impossible."""
+    if config.image_newlines and (config.connector == 'qformer' or config.vision_cls):
+        raise ValueError('image_newlines stand after rows of tokens, and neither the queries of connector qformer nor a '
+                         'class token (vision_cls) are in one: leave it out')
+    if config.max_tiles and not config.image_newlines:
+        raise ValueError('max_tiles needs image_newlines: without them nothing says where in the image a tile is')
+    if config.max_tiles and is_native(config):
+        raise ValueError('max_tiles is for encoders of squares: set image_size, or image_fit to pad, squash or crop')
+    if is_pretrained(config) and config.tile_size not in (0, config.image_size):
+        raise ValueError(f'{config.vision_encoder} reads squares of one size: leave tile_size out')
 
 def tower_shape(config):
     """What has to be known of a tower before its weights are read: width of its features; unused, the names of the
@@ -619,6 +735,117 @@ def fingerprint(tensors):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+# -----------------------------------------------------------------------------
+# the encoder: DeepSeek-OCR's. Few tokens hold a page, because SAM reads its patches mostly in small windows, which is
+# cheap, and only a 16th as many tokens reach CLIP, whose attention is global
+
+# as published; base and large keep the aspect, tiny and small do not. gundam is base with tiles of small
+DEEPENCODER_MODES = {
+    'tiny': dict(image_size=512, image_fit='squash'),  # 64 tokens, 73 with newlines
+    'small': dict(image_size=640, image_fit='squash'),  # 100, 111
+    'base': dict(image_size=1024, image_fit='pad'),  # 256, 273
+    'large': dict(image_size=1280, image_fit='pad'),  # 400, 421
+    'gundam': dict(image_size=1024, image_fit='pad', max_tiles=9, tile_size=640),
+}
+
+def complete_deepencoder(config):
+    """`complete_config` for a DeepEncoder. Raises ValueError for a size that its tokens do not fill."""
+    fixed = dict(image_newlines=config.connector != 'qformer')
+    if config.vision_encoder == 'deepencoder':
+        fixed |= dict(patch_height=16, patch_width=16)
+        if config.deepencoder_mode:
+            if config.deepencoder_mode not in DEEPENCODER_MODES:
+                raise ValueError(f'deepencoder_mode must be {", ".join(DEEPENCODER_MODES)}, got {config.deepencoder_mode!r}')
+            fixed |= DEEPENCODER_MODES[config.deepencoder_mode]
+    config = replace(config, **fixed)
+    token = 4 * config.patch_width  # pixels of a token's side
+    for name in ('image_size', 'tile_size'):
+        size = getattr(config, name)
+        if size % token or not size and name == 'image_size':
+            raise ValueError(f'{config.vision_encoder} needs an {name} that is a multiple of {token}, got {size}')
+    if config.patch_height != config.patch_width:
+        raise ValueError(f'{config.vision_encoder} has square patches: set patch_height and patch_width to the same')
+    if config.connector == 'pool':
+        raise ValueError(f'{config.vision_encoder} makes few tokens by itself: set --connector=linear, mlp or qformer')
+    return config
+
+class Compressor(nn.Module):
+    """Two convolutions, nothing between them, each of half the rows and columns: 16 times fewer tokens."""
+
+    def __init__(self, width, new_width):
+        super().__init__()
+        self.conv_1 = nn.Conv2d(width, new_width // 2, 3, stride=2, padding=1, bias=False)
+        self.conv_2 = nn.Conv2d(new_width // 2, new_width, 3, stride=2, padding=1, bias=False)
+
+    def forward(self, x):
+        return self.conv_2(self.conv_1(x))                                      # (N, new_width, rows / 4, cols / 4)
+
+class DeepEncoder(Freezable):
+    """SAM reads the pixels, a compressor makes one token of 4 x 4 patches, and CLIP, whose own patches are not used, reads
+    these tokens. The features are CLIP's and the compressor's side by side: what is where, and how it looks. SAM, the
+    compressor and CLIP have learning rates of their own. Squares of any size: both tables of positions are interpolated.
+    """
+
+    fingerprint = ''  # the compressor is published nowhere, so a checkpoint holds all weights
+
+    def __init__(self, config, load=True):
+        super().__init__()
+        self.config = config
+        if config.vision_encoder == 'deepencoder':
+            self.sam = open_tower(config.sam_tower, load)
+            clip = open_tower(config.clip_tower, load)
+        else:
+            self.sam, clip = small_towers(config)
+        for module in self.sam.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6  # SAM's; timm has 1e-5
+        del clip.conv1, clip.ln_post, clip.proj  # what has no effect would wait for gradients that never come
+        self.clip = clip
+        width = clip.class_embedding.shape[0]
+        self.compressor = Compressor(self.sam.num_features, width)
+        self.width = 2 * width
+
+    def forward(self, patches, grid):
+        """uint8 patches (N, L, D) of whole squares -> features (N, L / 16, C), row by row. The grid is not needed."""
+        config, p = self.config, self.config.patch_width
+        q = math.isqrt(patches.shape[1]) // 4  # tokens in a row
+        x = patches.view(-1, q, q, 4, 4, p, p, 3)  # the patches of a token are next to each other
+        x = x.permute(0, 7, 1, 3, 5, 2, 4, 6).flatten(5).flatten(2, 4) / 255    # (N, 3, 4 q p, 4 q p)
+        mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (config.image_mean, config.image_std))
+        x = self.compressor(self.sam.forward_features((x - mean) / std))        # (N, width, q, q)
+        x = x.flatten(2).mT                                                     # (N, q * q, width)
+        return torch.cat([self.read(x), x], dim=2)                              # (N, q * q, 2 width)
+
+    def read(self, x):
+        """CLIP's last layer, without its final norm, of tokens (N, q * q, C) in place of patches."""
+        clip = self.clip
+        cls = clip.class_embedding.expand(len(x), 1, -1)
+        x = torch.cat([cls, x], dim=1) + resize_positions(clip.positional_embedding, x.shape[1])
+        return clip.transformer(clip.ln_pre(x))[:, 1:]
+
+def resize_positions(table, length):
+    """A table of positions (1 + G * G, C), the class token's first, for squares of `length` tokens; bicubic."""
+    if len(table) == 1 + length:
+        return table
+    side = math.isqrt(len(table) - 1)
+    new_side = math.isqrt(length)
+    x = table[1:].float().T.view(1, -1, side, side)
+    x = F.interpolate(x, (new_side, new_side), mode='bicubic', antialias=True)  # (1, C, new_side, new_side)
+    return torch.cat([table[:1], x.flatten(2)[0].T.to(table.dtype)])
+
+def small_towers(config):
+    """A SAM and a CLIP of the same structure with random weights, of vision_n_layer layers each: a quarter of SAM's layers
+    attend to the whole image, and its neck is a quarter as wide as CLIP.
+    """
+    from open_clip.transformer import QuickGELU, VisionTransformer
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+    width, n_layer, n_head = config.vision_n_embd, config.vision_n_layer, config.vision_n_head
+    sam = VisionTransformerSAM(
+        config.image_size, config.patch_width, num_classes=0, embed_dim=width, depth=n_layer, num_heads=n_head, window_size=8,
+        global_attn_indexes=tuple(range(n_layer - 1, -1, -4)), use_rel_pos=True, neck_chans=width // 4)
+    clip = VisionTransformer(config.image_size, 4 * config.patch_width, width, n_layer, n_head, 4, act_layer=QuickGELU)
+    return sam, clip
 
 # -----------------------------------------------------------------------------
 # the connector
@@ -760,6 +987,7 @@ class QFormer(Freezable):
 class Connector(Freezable):
     """Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others are
     LLaVA-1.5's two layers: on all features (mlp), on their means (pool), on a Q-Former's queries (qformer).
+    image_newlines are added to the embeddings, as in DeepSeek-OCR.
     """
 
     def __init__(self, config, width):
@@ -770,12 +998,22 @@ class Connector(Freezable):
         if config.connector != 'linear':
             layers += [nn.GELU(), nn.Linear(config.n_embd, config.n_embd)]
         self.net = nn.Sequential(*layers)
+        if config.image_newlines:
+            self.newline = nn.Parameter(torch.randn(config.n_embd) / math.sqrt(config.n_embd))
+            self.end = nn.Parameter(torch.randn(config.n_embd) / math.sqrt(config.n_embd))
 
     def forward(self, x):
         return self.net(x)
 
+    def add_newlines(self, x, layout):
+        """Embeddings (N, L, C) in the order of `arrange`, with newlines: layout (N, P) -> (N, P, C)."""
+        marks = torch.stack([self.end, self.newline, self.end])  # at L + END, L + NEWLINE, L + PADDING, of L + 3
+        x = torch.cat([x, marks.to(x.dtype).expand(len(x), -1, -1)], dim=1)     # (N, L + 3, C)
+        index = layout.remainder(x.shape[1])                                    # (N, P)
+        return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
 class Vision(nn.Module):
-    """Encoder and connector: (patches, grid) of a batch -> embeddings (N, L', n_embd), which are valid (N, L').
+    """Encoder and connector: the images of a batch, as of `collate` -> embeddings (N, P, n_embd), which are valid (N, P).
     Cached features of a frozen encoder can stand in place of the patches: the encoder is then skipped.
     load=False reads no published weights: those of a checkpoint come next. With pretraining=True, in
     BLIP-2's first stage, there is no GPT to connect to, and the Q-Former reads text itself.
@@ -783,11 +1021,16 @@ class Vision(nn.Module):
 
     def __init__(self, config, load=True, pretraining=False):
         super().__init__()
-        if config.vision_encoder != 'vit' and not is_pretrained(config):
-            raise ValueError('vision_encoder must be vit, an encoder of open_clip like ViT-L-14-quickgelu/openai, '
-                             f'or timm/NAME, got {config.vision_encoder!r}')
         self.config = config
-        self.encoder = PretrainedEncoder(config, load) if is_pretrained(config) else ViT(config)
+        if is_pretrained(config):
+            self.encoder = PretrainedEncoder(config, load)
+        elif is_deepencoder(config):
+            self.encoder = DeepEncoder(config, load)
+        elif config.vision_encoder == 'vit':
+            self.encoder = ViT(config)
+        else:
+            raise ValueError('vision_encoder must be vit, deepencoder, deepencoder_tiny, an encoder of open_clip like '
+                             f'ViT-L-14-quickgelu/openai, or timm/NAME, got {config.vision_encoder!r}')
         width = self.encoder.width
         self.qformer = None
         if config.connector == 'qformer':
@@ -795,192 +1038,71 @@ class Vision(nn.Module):
             width = config.qformer_n_embd
         self.connector = None if pretraining else Connector(config, width)
 
-    def features(self, patches, grid):
+    def encode(self, patches, grid):
+        """Features of the patches, or for deepencoder of its tokens: (N, L, C)."""
+        if not self.config.max_tiles:
+            return self.encoder(patches, grid)
+        n, n_of_tile = view_lengths(self.config)
+        whole = self.encoder(patches[:, :n], from_zero(grid[:, :n]))            # (N, L', C)
+        tiles = patches[:, n:].unflatten(1, (-1, n_of_tile))                    # (N, n_tiles, n_of_tile, D)
+        grids = grid[:, n:].unflatten(1, (-1, n_of_tile))                       # (N, n_tiles, n_of_tile, 2)
+        is_tile = grids[..., 0, 0] >= 0                                         # (N, n_tiles)
+        is_tile[0, 0] = True  # all ranks run the encoder twice: FSDP's wait for each other
+        x = self.encoder(tiles[is_tile], from_zero(grids[is_tile]))
+        features = x.new_zeros(*is_tile.shape, *x.shape[1:])
+        features[is_tile] = x
+        return torch.cat([whole, features.flatten(1, 2)], dim=1)
+
+    def features(self, patches, grid, layout=None):
         """The input of the connector or the Q-Former: features (N, L', C), and which are valid (N, L')."""
         if patches.is_floating_point():  # out of a feature cache
             return patches.float(), grid[..., 0] >= 0
-        return pool(self.encoder(patches, grid), grid, cell_size(self.config))
+        k = cell_size(self.config)
+        x = self.encode(patches, grid)
+        if is_deepencoder(self.config):
+            return x, (grid[..., 0] >= 0).unflatten(1, (-1, k**2)).any(2)
+        return pool(x, grid, k)
 
-    def forward(self, patches, grid):
+    def forward(self, patches, grid, layout=None):
         x, valid = self.features(patches, grid)
         if self.qformer is not None:
             x, _ = self.qformer(x, valid)
             valid = valid.any(1, keepdim=True).expand(-1, x.shape[1])  # none of mere padding
-        return self.connector(x), valid
+        x = self.connector(x)
+        if layout is None:
+            return x, valid
+        return self.connector.add_newlines(x, layout), layout != PADDING
 
     @torch.no_grad()
     def match_rms(self, rms):
         """Scales the connector's last layer so that the embeddings of a seeded image have the RMS of the GPT's
-        token embeddings, `rms`. If they are much smaller or larger, training starts badly.
+        token embeddings, `rms`, and its newlines too. If they are much smaller or larger, training starts badly.
         """
         blots = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
         image = Image.fromarray(blots).resize((224, 224))
-        emb, valid = self(*collate([preprocess(image, self.config)], self.config))
+        patches, grid, *_ = collate([preprocess(image, self.config)], self.config)
+        emb, valid = self(patches, grid)
         scale = rms / emb[valid].square().mean().sqrt()
         for p in self.connector.net[-1].parameters():
             p.mul_(scale)
+        if self.config.image_newlines:
+            for p in (self.connector.newline, self.connector.end):
+                p.mul_(rms / p.square().mean().sqrt())
+
+def from_zero(grid):
+    """Rows and columns (N, L, 2) of a view, -1 at padding, counted from its own first patch."""
+    return grid.where(grid < 0, grid - grid[:, :1])
 
 def group_parameters(model):
-    """{part: {name: parameter}} of a model: the parts that can have a learning rate each."""
-    groups = {'vision': {}, 'qformer': {}, 'connector': {}, 'gpt': {}}
-    for name, p in model.named_parameters():
-        part = name.split('.')[1] if name.startswith('vision.') else 'gpt'
-        groups['vision' if part == 'encoder' else part][name] = p
-    return groups
-
-# -----------------------------------------------------------------------------
-# BLIP-2's first stage: encoder and Q-Former, without a GPT
-
-class QFormerPretraining(nn.Module):
-    """Trains encoder and Q-Former on images and captions by up to three objectives (config.objective), as
-    BLIP-2 does; a GPT can then take both over (train.py's vision_from).
-
-        itc  contrast: each image has to find its caption among those of all ranks, and each caption its
-             image, by embeddings (proj_dim). Their similarity is that of the query closest to the caption
-        itm  matching: does this caption belong to this image? Asked of the pair, of the image with a wrong
-             caption and of the caption with a wrong image, both sampled from the micro-batch by similarity
-        itg  generation: the caption token by token, from what the queries read
-
-    It has the contract of model.py's GPT, and a GPT's batches: the caption is what is in the loss of a row.
-    Two ids of its own, CLS and DEC, are prepended to captions that are compared, and that are generated.
+    """{part: {name: parameter}} of a model: the parts that can have a learning rate each, in the order of the data. `vision`
+    is the encoder, or deepencoder's CLIP.
     """
-
-    smoothing = 0.1  # of the labels of ITC and ITG
-
-    def __init__(self, config, load=True):
-        super().__init__()
-        if config.objective not in ('itc', 'itc+itm', 'itc+itm+itg'):
-            raise ValueError(f'objective must be lm, itc, itc+itm or itc+itm+itg, got {config.objective!r}')
-        if config.connector != 'qformer':
-            raise ValueError(f'objective {config.objective} trains encoder and Q-Former: set '
-                             '--connector=qformer and a --vision_encoder')
-        self.config = config
-        width = config.qformer_n_embd
-        self.cls = config.vocab_size
-        self.dec = config.vocab_size + 1
-        self.vision = Vision(config, load, pretraining=True)
-        self.image_proj = nn.Linear(width, config.proj_dim)
-        self.text_proj = nn.Linear(width, config.proj_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # one over the temperature
-        if 'itm' in config.objective:
-            self.itm_head = nn.Linear(width, 2)
-        if 'itg' in config.objective:
-            self.itg_head = nn.Linear(width, width)  # before the tokens' own embeddings, as BERT's
-
-    param_groups = group_parameters  # the part 'gpt' is the heads
-    base_model = None
-
-    def image_embeds(self, images):
-        """(patches, grid) of vision.collate -> an embedding of length 1 for each query, (N, K, proj_dim)."""
-        return self.project_image(*self.vision.features(*images))
-
-    def project_image(self, features, valid):
-        queries, _ = self.vision.qformer(features, valid)
-        return F.normalize(self.image_proj(queries), dim=-1)                    # (N, K, proj_dim)
-
-    def text_embeds(self, ids):
-        """Captions (N, T), padded with -1 -> an embedding of length 1 each, (N, proj_dim)."""
-        _, text = self.vision.qformer(ids=self.prepend_token(ids, self.cls))
-        return F.normalize(self.text_proj(text[:, 0]), dim=-1)
-
-    def prepend_token(self, ids, token):
-        """Captions (N, T) after an opening token, (N, T + 1)."""
-        return F.pad(ids, (1, 0), value=token)[:, :self.config.block_size]
-
-    def loss_weight(self, batch):
-        """What the losses of a batch are summed over: its pairs."""
-        return len(batch['idx'])
-
-    def captions(self, batch):
-        """The ids in the loss, (B, block_size), padded with -1. Raises ValueError unless each row has one
-        image, counted by its n_queries <image> ids, and a caption.
-        """
-        idx, targets = batch['idx'], batch['targets']
-        n_images = (idx == self.config.image_token).sum(1) / self.config.n_queries  # (B)
-        length = (targets >= 0).sum(1)                                          # (B)
-        wrong = (n_images != 1) | (length < 2)  # the end token alone is no caption
-        if wrong.any():
-            raise ValueError(f'objective {self.config.objective} trains on pairs of an image and a caption, '
-                             f'but an example has {n_images[wrong][0]:g} images and a caption of '
-                             f'{max(0, length[wrong][0] - 1)} tokens')
-        order = torch.argsort(targets < 0, dim=1, stable=True)  # brings the caption to the front
-        extra = self.config.block_size - targets.shape[1]  # below 0, F.pad crops
-        return F.pad(targets.gather(1, order), (0, extra), value=-1)
-
-    def forward(self, batch):
-        """Batch of dataloader.collate -> {objective: its mean loss in nats, times the number of pairs}."""
-        ids = self.captions(batch)                                              # (B, block_size)
-        features, valid = self.vision.features(*batch['images'])
-        losses = {}
-        losses['itc'], to_text, to_image = self.contrast(features, valid, ids)
-        if 'itm' in self.config.objective:
-            losses['itm'] = self.match(features, valid, ids, to_text, to_image)
-        if 'itg' in self.config.objective:
-            losses['itg'] = self.generate(features, valid, ids)
-        return {name: loss * len(ids) for name, loss in losses.items()}
-
-    def contrast(self, features, valid, ids):
-        """ITC: its loss, and this rank's own similarities image to text and text to image, (B, B) each."""
-        B = len(ids)
-        image = self.project_image(features, valid)                             # (B, K, D)
-        text = self.text_embeds(ids)                                            # (B, D)
-        rank = 0
-        of_all_ranks = [image, text, ids]
-        if self.training and dist.is_initialized():
-            rank = dist.get_rank()
-            of_all_ranks = [Gather.apply(x) for x in of_all_ranks]
-        all_images, all_texts, all_ids = of_all_ranks           # (A, K, D), (A, D), (A, block_size)
-        # of two images with the same caption neither is wrong
-        same = (ids[:, None] == all_ids).all(-1)                                # (B, A)
-        targets = same / same.sum(1, keepdim=True)
-        to_text = torch.einsum('bkd,ad->bak', image, all_texts).amax(-1)        # (B, A)
-        to_image = torch.einsum('bd,akd->bak', text, all_images).amax(-1)       # (B, A)
-        logits = self.logit_scale.exp().clamp(max=100) * torch.cat([to_text, to_image])  # (2 B, A)
-        loss = F.cross_entropy(logits.float(), targets.repeat(2, 1), label_smoothing=self.smoothing)
-        to_text, to_image = logits[:, rank * B:(rank + 1) * B].chunk(2)         # (B, B) each
-        return loss, to_text, to_image
-
-    def match(self, features, valid, ids, to_text, to_image):
-        """ITM: matching pairs and hard negatives, 1 to 2. If all captions are the same there are none."""
-        same = (ids[:, None] == ids).all(-1)                                    # (B, B)
-        own = torch.arange(len(ids), device=ids.device)
-        others = own[(~same).any(1)]                                            # (M), those with a negative
-        if self.training and not len(others):
-            raise ValueError('all captions of a micro-batch are the same: itm needs another; raise batch_size')
-        wrong_text = sample_hard_negatives(to_text[others], same[others])       # (M)
-        wrong_image = sample_hard_negatives(to_image[others], same[others])     # (M)
-        images = torch.cat([own, others, wrong_image])                          # (B + 2 M)
-        texts = torch.cat([own, wrong_text, others])                            # (B + 2 M)
-        opened = self.prepend_token(ids[texts], self.cls)
-        queries, _ = self.vision.qformer(features[images], valid[images], opened, 'itm')
-        return F.cross_entropy(self.itm_head(queries).mean(1).float(), (images == texts).long())
-
-    def generate(self, features, valid, ids):
-        """ITG: each token of the caption from the image and the tokens before it."""
-        opened = self.prepend_token(ids, self.dec)
-        _, x = self.vision.qformer(features, valid, opened, 'itg')
-        x = F.gelu(self.itg_head(x[:, :-1]))                                    # (B, T, C)
-        logits = F.linear(x, self.vision.qformer.wte.weight)                    # (B, T, vocab_size + 2)
-        return F.cross_entropy(logits.float().flatten(0, 1), opened[:, 1:].flatten(), ignore_index=-1,
-                               label_smoothing=self.smoothing)
-
-class Gather(torch.autograd.Function):
-    """x of all ranks, concatenated. The gradients that the ranks have for this rank's x come back, summed."""
-
-    @staticmethod
-    def forward(ctx, x):
-        all_x = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(all_x, x.contiguous())
-        return torch.cat(all_x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-@torch.no_grad()
-def sample_hard_negatives(similarity, same):
-    """For each row of (M, B) one column that is not the same; the more similar, the more likely."""
-    weights = similarity.float().softmax(1).masked_fill(same, 0) + 1e-9 * ~same
-    return torch.multinomial(weights, 1).squeeze(1)
+    groups = {part: {} for part in ('sam', 'compressor', 'vision', 'qformer', 'connector', 'gpt')}
+    for name, p in model.named_parameters():
+        vision, part, module = (name.split('.') + ['', ''])[:3]
+        if vision != 'vision':
+            part = 'gpt'
+        elif part == 'encoder':
+            part = module if module in groups else 'vision'
+        groups[part][name] = p
+    return groups

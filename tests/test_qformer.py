@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import train as train_script
 import vision
 from configurator import configure
+from blip2 import QFormerPretraining, sample_hard_negatives
 from model import QFORMER_TEXT, GPTConfig, load_weights, read_blip2, read_weights, vision_of
 from sample import image_caption_pairs, mean_cosine, recall, similarity
-from vision import QFormer, QFormerPretraining, sample_hard_negatives
+from vision import QFormer
 
 QFORMER = dict(connector='qformer', n_queries=5, qformer_n_layer=4, qformer_n_head=2, qformer_n_embd=16)
 
@@ -162,7 +163,7 @@ def test_losses_equal_formulas_in_plain_python(monkeypatch):
     model, ids, (patches, grid), n = pretraining_model(), captions(5, 3, 6, 4), random_images(4), 4
     wrong_captions, wrong_images = [2, 0, 3, 1], [1, 3, 0, 0]
     negatives = iter([torch.tensor(wrong_captions), torch.tensor(wrong_images)])
-    monkeypatch.setattr('vision.sample_hard_negatives', lambda similarity, same: next(negatives))
+    monkeypatch.setattr('blip2.sample_hard_negatives', lambda similarity, same: next(negatives))
     with torch.no_grad():
         losses = model(pair_batch(ids, (patches, grid)))
         features = [model.vision.features(patches[i:i + 1], grid[i:i + 1]) for i in range(n)]
@@ -262,7 +263,7 @@ def test_both_models_have_the_same_contract(build, names):
     assert set(losses) == names and all(loss.dim() == 0 and loss.requires_grad for loss in losses.values())
     assert model.loss_weight(batch) == weight
     groups = model.param_groups()
-    assert set(groups) == {'gpt', 'vision', 'qformer', 'connector'}
+    assert set(groups) == {'gpt', 'sam', 'compressor', 'vision', 'qformer', 'connector'}
     grouped = [p for named in groups.values() for p in named.values()]
     assert len(grouped) == len(set(map(id, grouped)))
     assert set(map(id, grouped)) == set(map(id, model.parameters()))
@@ -515,7 +516,7 @@ def test_a_gpt_takes_over_the_vision_of_the_first_stage(pretraining_run, text_ru
     Image.new('RGB', (60, 16), 'white').save(tmp_path / 'a.png')
     process = inside('sample.py', f'--out_dir={tmp_path}/b', '--image', tmp_path / 'a.png', '--max_new_tokens=3')
     assert process.returncode == 0, process.stderr
-    refused(train(tmp_path / 'c', *SECOND_STAGE, f'--vision_from={text_run}/ckpt.pt'), 'has no small ViT to take over')
+    refused(train(tmp_path / 'c', *SECOND_STAGE, f'--vision_from={text_run}/ckpt.pt'), 'no small ViT or deepencoder')
 
 
 @pytest.mark.parametrize('connector', [['--connector=qformer'], ['--connector=linear'],
@@ -549,7 +550,7 @@ def test_a_run_starts_with_blip2s_qformer(blip2, tmp_path):
     assert all(torch.equal(ours[name], state[name]) for name in taken)
     wide = train(tmp_path / 'b', *FROM_BLIP2, f'--vision_from={folder}', '--vision_n_embd=32')
     refused(wide, 'ln_image.weight is (24,), not (32,)')
-    refused(train(tmp_path / 'b', *FROM_BLIP2, f'--vision_from={folder}', '--connector=mlp'), 'no small ViT to take over')
+    refused(train(tmp_path / 'b', *FROM_BLIP2, f'--vision_from={folder}', '--connector=mlp'), 'no small ViT or deepencoder')
 
 
 LAYER = 'qformer.encoder.layer.1.output_query.dense.weight'

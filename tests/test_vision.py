@@ -9,6 +9,7 @@ from conftest import batch_of_ids, make_model, tiny_config
 from PIL import Image
 
 import vision
+from blip2 import QFormerPretraining
 
 
 def noise(width, height, seed=0):
@@ -116,7 +117,7 @@ def test_batch_without_images_gives_gradients_of_zero():
 
 
 def test_unknown_names_raise():
-    with pytest.raises(ValueError, match='vision_encoder must be vit, an encoder of open_clip'):
+    with pytest.raises(ValueError, match='vision_encoder must be vit, deepencoder, deepencoder_tiny, an encoder of open_clip'):
         make_model(vision_encoder='clip')
     with pytest.raises(ValueError, match='connector must be linear, mlp, pool or qformer'):
         make_model(connector='perceiver')
@@ -131,5 +132,5 @@ def test_constructors_do_not_change_their_config(connector):
     assert dataclasses.asdict(config) == before
     if connector == 'qformer':
         config.objective = 'itc+itm+itg'
-        vision.QFormerPretraining(config)
+        QFormerPretraining(config)
         assert dataclasses.asdict(config) == {**before, 'objective': 'itc+itm+itg'}
