@@ -540,6 +540,40 @@ def similarity_grid(images, captions, values):
         rows.append(tiles)
     return stack_rows(rows, 0, 0)
 
+CURVE_COLORS = ('#1f5fbf', '#c8551b', '#2e8b57', '#8a4fb0', '#808080', '#404040')
+
+def plot(curves, x_label, y_label, width=800, height=500):
+    """An RGB image: {name: [[(x, y), ...], ...]}, the lines of a name in one color; x from 0 on, y from 0 to 1."""
+    face = load_font('', TEXT_SIZE)
+    image = Image.new('RGB', (width, height), 'white')
+    pen = ImageDraw.Draw(image)
+    left, top, right, bottom = 60, 20, width - 20, height - 50
+    largest = max((x for lines in curves.values() for line in lines for x, _ in line), default=0) or 1
+    step = next(step for step in (10.0**n * digit for n in range(-6, 9) for digit in (1, 2, 5)) if largest / step <= 10)
+    x_max = math.ceil(largest / step) * step
+    place = lambda x, y: (left + x / x_max * (right - left), bottom - y * (bottom - top))
+    for i in range(round(x_max / step) + 1):
+        x, y = place(i * step, 0)
+        pen.line([(x, top), (x, bottom)], 'gainsboro')
+        pen.text((x, bottom + 4), f'{i * step:g}', GRAY, face, anchor='ma')
+    for i in range(6):
+        x, y = place(0, i / 5)
+        pen.line([(left, y), (right, y)], 'gainsboro')
+        pen.text((left - 6, y), f'{i / 5:g}', GRAY, face, anchor='rm')
+    pen.text(((left + right) / 2, height - 20), x_label, GRAY, face, anchor='mm')
+    label = Image.new('RGB', (bottom - top, 20), 'white')
+    ImageDraw.Draw(label).text((label.width / 2, 10), y_label, GRAY, face, anchor='mm')
+    image.paste(label.rotate(90, expand=True), (2, top))
+    for number, (name, lines) in enumerate(curves.items()):
+        color = CURVE_COLORS[number % len(CURVE_COLORS)]
+        for line in lines:
+            points = [place(x, min(1, max(0, y))) for x, y in sorted(line)]
+            pen.line(points, color, 2)
+            for x, y in points:
+                pen.ellipse([x - 3, y - 3, x + 3, y + 3], color)
+        pen.text((right - 8, top + 8 + 20 * number), name, color, face, anchor='ra')
+    return image
+
 TOKEN_FILLS = {'in_loss': '#a5e6a5', 'image': '#a9c9ff', 'special': '#d5d5d5', 'given': '#f6f6f6'}
 TOKEN_CODES = {'in_loss': '30;42', 'image': '30;44', 'special': '2', 'given': '0'}  # of ANSI terminals
 

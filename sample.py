@@ -10,6 +10,7 @@ What you do with a trained model: ask, chat, evaluate. The answer goes to stdout
     $ python sample.py --eval=data/mine/val.jsonl                        # losses, greedy CER and exact match
     $ python sample.py --eval=coco_captions                              # captions: also BLEU-4, CIDEr-D
     $ python sample.py --out_dir=out/qformer_cpu --eval=pydoc            # a Q-Former's first stage: recall
+    $ python sample.py --compression out/a out/b --eval=pydoc            # how much text fits into an image token?
     $ python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --interactive  # a text model, as it is
     $ python sample.py --out_dir=out/mine --export=DIR                   # weights for other programs
 """
@@ -47,7 +48,7 @@ from configurator import configure, run
 from dataloader import (ASSISTANT, CALL_MARKS, IMAGE, Examples, FileRows, TooLong, collate, count_draws,
                         get_tokenizer, image_error, load_image, open_rows, parse_mixture, tokenize)
 from model import build_model, read_weights, to_hugging_face
-from vision import NEWLINE, cell_size
+from vision import NEWLINE, arrange, cell_size, num_tokens, preprocess
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'     # out_dir's checkpoint; or, as in train.py, a checkpoint's path or a published model
@@ -65,6 +66,8 @@ seed = 1337
 logprobs = False         # mark each word to which the model gave less than half the probability: [word?]
 chat = 'auto'            # yes: the prompt is a turn; no: it is a text to continue; auto: as in training
 eval = ''                # a .jsonl file, a dataset or several: evaluate the model on it, as train.py does
+compression = ()         # folders of runs: measure on --eval how much text their image tokens hold, a table and a plot
+bucket = 0               # text tokens in a row of that table; 0: about six rows for a run
 eval_samples = 512       # examples to answer, or images and captions to compare, in an evaluation
 batch_size = 0           # examples at a time, in an evaluation or a folder; 0: as in training
 export = ''              # a new folder to write the model to
@@ -637,6 +640,62 @@ class Evaluation:
         sheet = render.similarity_grid(images, [captions[j] for j in shown], scores[:8, shown].T.tolist())
         return result, sheet, table
 
+# how much text fits into an image token, https://arxiv.org/abs/2510.18234
+
+def read_pages(evaluation, model, autocast):
+    """The pages of an Evaluation, each with one image, as rows: how much text and how many tokens it has, and the precision of
+    the greedy answer, 1 - edits / characters, at least 0: of the image, of a blank one, of another page's, and, as a baseline,
+    of the text cut to as many text tokens as the image has places (its tokens and its newlines).
+    """
+    evaluation.model = model.eval()
+    text_enc = text_tokenizer(evaluation.enc)
+    pages = [e for e in evaluation.questions if len(e['images']) == 1]
+    if not pages:
+        raise ValueError('--compression needs held-out pages, with one image and its text each')
+    with torch.no_grad(), autocast:
+        answers = [evaluation.generate(changed) for changed in (pages, blank(pages), shuffled(pages))]
+    rows = []
+    for page, *predictions in zip(pages, *answers):
+        truth = reference(page)
+        ids = text_enc.encode(truth)
+        image = preprocess(load_image(page['images'][0]), model.config)
+        places = num_tokens(image, model.config)
+        n_newlines = int((arrange(image[1], model.config) < 0).sum()) if model.config.image_newlines else 0
+        predictions.append(text_enc.decode(ids[:places]))
+        precisions = [max(0.0, 1 - Levenshtein.distance(p, truth) / max(1, len(truth))) for p in predictions]
+        rows.append({'characters': len(truth), 'text_tokens': len(ids), 'image_tokens': places - n_newlines, 'places': places,
+                     **dict(zip(('precision', 'blank', 'shuffled', 'truncated'), precisions))})
+    return rows
+
+def text_tokenizer(enc):
+    """What counts text tokens: GPT-2's BPE; the model's own tokenizer where that cannot be loaded."""
+    try:
+        return get_tokenizer('gpt2')
+    except ValueError as error:
+        note(f'{error}; text tokens are those of {enc.name}')
+        return enc
+
+def compression_table(name, rows, width):
+    """Rows of `read_pages` as a table [{column: value}]: means over all pages, then over each bucket of text tokens."""
+    lengths = [row['text_tokens'] for row in rows]
+    width = width or max(1, round((max(lengths) - min(lengths)) / 6))
+    buckets = {'all': rows}
+    for row in sorted(rows, key=lambda row: row['text_tokens']):
+        start = row['text_tokens'] // width * width
+        buckets.setdefault(f'{start}-{start + width}', []).append(row)
+    table = []
+    for label, pages in buckets.items():
+        mean = {key: sum(page[key] for page in pages) / len(pages) for key in pages[0]}
+        line = {'run': name, 'text tokens': label, 'pages': len(pages), 'image tokens': mean['image_tokens'],
+                'places': mean['places'],
+                'characters / image token': mean['characters'] / mean['image_tokens'],
+                'characters / place': mean['characters'] / mean['places'],
+                'text tokens / image token': mean['text_tokens'] / mean['image_tokens'],
+                'text tokens / place': mean['text_tokens'] / mean['places']}
+        line |= {key: mean[key] for key in ('precision', 'blank', 'shuffled', 'truncated')}
+        table.append({key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()})
+    return table
+
 class MixtureEvaluation:
     """An Evaluation of each source of a mixture. val_loss is the mean of theirs, each weighed by its share of the mixture."""
 
@@ -760,9 +819,8 @@ def newest_run():
     note(f'{folder}: newest run')
     return folder
 
-def load():
+def load(source):
     """The model in eval mode on the device, its tokenizer, the knobs that it was trained with, autocast."""
-    source = os.path.join(out_dir, checkpoint) if init_from == 'resume' else init_from
     state = read_weights(source)
     overrides = {}
     if vision_encoder:
@@ -841,6 +899,14 @@ def caption_folder(respond, size, as_chat):
 
 def evaluate(model, enc, config, autocast):
     """The evaluation of train.py on --eval: figures to stdout as JSON, eval.csv and eval.png to out_dir."""
+    result, sheet, table = open_eval(model, enc, config).run(model, autocast)
+    warn_of_collapse(result)
+    write_results('eval', table, sheet)
+    print(json.dumps(result))
+
+def open_eval(model, enc, config):
+    """The evaluation of a model on --eval; config, its knobs, is changed."""
+    config.batch_size = batch_size or config.batch_size
     if eval != config.dataset:
         config.text_dataset = ''
         config.overfit_rows = 0
@@ -850,13 +916,25 @@ def evaluate(model, enc, config, autocast):
     config.eval_samples = eval_samples
     if eval.endswith('.jsonl') and os.path.isfile(eval):
         held_out = Examples(FileRows(eval), config, seed=0, shuffle=False)
-        evaluation = Evaluation(config, enc, model, ONE_PROCESS, held_out=held_out)
-    else:
-        evaluation = open_evaluation(config, enc, model, ONE_PROCESS)
-    result, sheet, table = evaluation.run(model, autocast)
-    warn_of_collapse(result)
-    write_results('eval', table, sheet)
-    print(json.dumps(result))
+        return Evaluation(config, enc, model, ONE_PROCESS, held_out=held_out)
+    return open_evaluation(config, enc, model, ONE_PROCESS)
+
+def measure_compression():
+    """The table and the plot of --compression, for its runs, to compression.csv and compression.png in out_dir."""
+    table, curves = [], defaultdict(list)
+    for folder in compression:
+        model, enc, config, autocast = load(os.path.join(folder, checkpoint))
+        evaluation = open_eval(model, enc, config)
+        if not isinstance(evaluation, Evaluation) or isinstance(model, QFormerPretraining):
+            raise ValueError('--compression reads the pages of one --eval dataset with a model that generates text')
+        lines = compression_table(folder, read_pages(evaluation, model, autocast), bucket)
+        table += lines
+        name = f'{model.config.vision_encoder}, {model.config.connector}'
+        for baseline, column in ((name, 'precision'), ('the text, cut', 'truncated'), ('blank images', 'blank')):
+            curves[baseline].append([(line['characters / image token'], line[column]) for line in lines[1:]])
+        print(json.dumps(lines[0]))
+    plot = render.plot(curves, 'characters of text for each image token', 'precision: 1 - edits / characters')
+    write_results('compression', table, plot)
 
 def write_results(name, table, sheet):
     """NAME.csv and NAME.png in out_dir, of what there is."""
@@ -870,7 +948,7 @@ def write_results(name, table, sheet):
         note(f'{len(table)} rows in {path}.csv')
     if sheet:
         sheet.save(path + '.png')
-        note(f'the first of them with their images in {path}.png')
+        note(f'a picture of them in {path}.png')
 
 def export_model(model, enc, config):
     """Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the
@@ -902,10 +980,11 @@ def main():
         raise ValueError(f'--chat must be auto, yes or no, got {chat!r}')
     if dtype not in ('', 'float32', 'bfloat16', 'float16'):
         raise ValueError(f'--dtype must be float32, bfloat16 or float16, got {dtype!r}')
+    if compression:
+        return measure_compression()
     if init_from == 'resume' and not out_dir:
         out_dir = newest_run()
-    model, enc, config, autocast = load()
-    config.batch_size = batch_size or config.batch_size
+    model, enc, config, autocast = load(os.path.join(out_dir, checkpoint) if init_from == 'resume' else init_from)
     name = out_dir if init_from == 'resume' else init_from
     if eval:
         return evaluate(model, enc, config, autocast)
@@ -927,7 +1006,7 @@ def main():
         if export:
             export_model(model, enc, config)
         elif len(image) == 1 and os.path.isdir(image[0]):
-            caption_folder(respond, config.batch_size, as_chat)
+            caption_folder(respond, batch_size or config.batch_size, as_chat)
         elif interactive:
             chat_loop(respond)
         else:

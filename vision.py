@@ -835,16 +835,20 @@ def resize_positions(table, length):
     return torch.cat([table[:1], x.flatten(2)[0].T.to(table.dtype)])
 
 def small_towers(config):
-    """A SAM and a CLIP of the same structure with random weights, of vision_n_layer layers each: a quarter of SAM's layers
-    attend to the whole image, and its neck is a quarter as wide as CLIP.
+    """A SAM and a CLIP of the same structure with random weights, of vision_n_layer layers each. SAM's last layer, and every
+    fourth before it, attends to the whole image. CLIP is 4/3 as wide as SAM and four times as wide as its neck.
     """
     from open_clip.transformer import QuickGELU, VisionTransformer
     from timm.models.vision_transformer_sam import VisionTransformerSAM
     width, n_layer, n_head = config.vision_n_embd, config.vision_n_layer, config.vision_n_head
+    clip_width = 4 * width // 3
+    if width % 3 or width % n_head or clip_width % n_head:
+        raise ValueError(f'deepencoder_tiny is vision_n_embd ({width}) and 4/3 of that wide: both have to be multiples of '
+                         f'vision_n_head ({n_head})')
     sam = VisionTransformerSAM(
         config.image_size, config.patch_width, num_classes=0, embed_dim=width, depth=n_layer, num_heads=n_head, window_size=8,
-        global_attn_indexes=tuple(range(n_layer - 1, -1, -4)), use_rel_pos=True, neck_chans=width // 4)
-    clip = VisionTransformer(config.image_size, 4 * config.patch_width, width, n_layer, n_head, 4, act_layer=QuickGELU)
+        global_attn_indexes=tuple(range(n_layer - 1, -1, -4)), use_rel_pos=True, neck_chans=clip_width // 4)
+    clip = VisionTransformer(config.image_size, 4 * config.patch_width, clip_width, n_layer, n_head, 4, act_layer=QuickGELU)
     return sam, clip
 
 # -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, inside, make_model, optimizer_config, tiny_config
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, SamVisionConfig
@@ -22,11 +23,11 @@ from model import GPT, read_weights, rename
 from train import configure_optimizers, estimate_flops
 from vision import END, NEWLINE, PADDING, VisionConfig, arrange, complete_config, num_tokens, preprocess, tile_shape
 
-SMALL = dict(vision_encoder='deepencoder_tiny', image_size=64, patch_height=4, patch_width=4, vision_n_embd=32,
+SMALL = dict(vision_encoder='deepencoder_tiny', image_size=64, patch_height=4, patch_width=4, vision_n_embd=24,
              vision_n_layer=4)
 # the same as a run's arguments
 RUN = [*TINY, '--vision_encoder=deepencoder_tiny', '--image_size=64', '--patch_height=4', '--patch_width=4', '--line_height=0',
-       '--image_width=64', '--image_height=64', '--one_line=False']
+       '--image_width=64', '--image_height=64', '--one_line=False', '--vision_n_embd=24']
 
 
 def noise(width, height, seed=0):
@@ -408,3 +409,60 @@ def test_row_cosine_is_that_of_the_rows_of_tokens():
         evaluation.enc, evaluation.model, evaluation.device, evaluation.cache = enc, gpt, 'cpu', None
         figures.append(evaluation.image_cosines(examples)['row_cosine'])
     assert figures[0] == pytest.approx(figures[1], abs=1e-6) and figures[0] < 0.99
+
+
+# -----------------------------------------------------------------------------
+# recipes
+
+def narrow_tower(name, load):
+    """In place of SAM-B and CLIP-L, of which nothing can be downloaded."""
+    if 'sam' in name:
+        return VisionTransformerSAM(1024, 16, num_classes=0, embed_dim=24, depth=2, num_heads=2, window_size=14,
+                                    global_attn_indexes=(1,), use_rel_pos=True, neck_chans=8)
+    return VisionTransformer(224, 14, 32, 2, 2, 4, act_layer=QuickGELU)
+
+
+@pytest.mark.parametrize('recipe, variant, changing', [
+    ('ocr_vision', [], {'sam', 'compressor', 'clip', 'connector', 'gpt'}),
+    ('ocr_vision', ['--vision_lr=0', '--compressor_lr=1e-3', '--connector_lr=1e-3', '--learning_rate=0', '--min_lr=0'],
+     {'compressor', 'connector'}),
+    ('ocr_mix', [], {'clip', 'connector', 'gpt'}),
+    ('ocr_mix', ['--vision_lr=0', '--learning_rate=2e-5'], {'connector', 'gpt'})])
+def test_the_two_stages_of_deepseek_ocr(tmp_path, monkeypatch, recipe, variant, changing):
+    """The recipes themselves, in two processes' worth of micro-batches, with small towers and a small GPT."""
+    monkeypatch.setattr('vision.open_tower', narrow_tower)
+    rows = [{'messages': [{'role': 'user', 'content': '<image>\nOCR this document.'}, {'role': 'assistant', 'content': 'text'}],
+             'images': [f'{i}.png']} for i in range(4)]
+    for name in ('pages', 'other'):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            noise(60 + 9 * i, 80).save(tmp_path / name / f'{i}.png')
+        for split in ('train', 'val'):
+            (tmp_path / name / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    process = inside('train.py', *TINY, '--vision_encoder=', '--tasks=text', f'--out_dir={tmp_path}/text')
+    assert process.returncode == 0, process.stderr
+    small = ['--tokenizer=bytes', '--gradient_accumulation_steps=2', '--batch_size=2', '--block_size=48', '--eval_iters=1',
+             '--eval_samples=2', '--max_iters=2', '--eval_interval=2', '--num_workers=0', '--device=cpu', '--compile=False',
+             '--deepencoder_mode=tiny', '--warmup_iters=0']
+    first = [*small, f'--init_from={tmp_path}/text/ckpt.pt', f'--dataset={tmp_path}/pages', f'--out_dir={tmp_path}/one']
+    if recipe == 'ocr_vision':
+        process = inside('train.py', 'config/ocr_vision.py', *first, *variant)
+        before = None
+    else:
+        assert inside('train.py', 'config/ocr_vision.py', *first).returncode == 0
+        before = read_weights(f'{tmp_path}/one/ckpt.pt')['model']
+        start = [f'--init_from={tmp_path}/one/ckpt.pt']
+        if variant:  # a new GPT
+            start = [f'--init_from={tmp_path}/text/ckpt.pt', f'--vision_from={tmp_path}/one/ckpt.pt']
+        process = inside('train.py', 'config/ocr_mix.py', *small, *start, *variant, f'--out_dir={tmp_path}/two',
+                         f'--dataset={tmp_path}/pages@0.7 {tmp_path}/other@0.2 pydoc@0.1', '--text_dataset=pydoc')
+    assert process.returncode == 0, process.stderr
+    trained = {line.split()[0] for line in process.stderr.partition('parameters: ')[2].partition(';')[0].split(', ')
+               if '(0.00M' not in line}
+    assert {'vision' if part == 'clip' else part for part in changing} >= trained
+    if before:
+        after = read_weights(f'{tmp_path}/two/ckpt.pt')['model']
+        encoder = [name for name in before if name.startswith('vision.encoder.')]
+        assert encoder
+        for name in encoder:
+            assert torch.equal(before[name], after[name]) == (name.split('.')[2] not in changing), name

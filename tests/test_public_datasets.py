@@ -526,6 +526,41 @@ def test_docbank_reads_pages_from_an_archive_in_parts():
         'bad_image': 'the image is broken', 'bad_member': 'a member of the archive is broken'}
 
 
+def test_omnidocbench_is_read_in_order_and_held_out():
+    block = lambda order, **fields: {'category_type': 'text_block', 'poly': [0] * 8, 'ignore': False, 'order': order, **fields}
+    page = lambda name, *blocks: {'layout_dets': list(blocks), 'page_info': {'image_path': name, 'page_no': 1}, 'extra': {}}
+    table = '<table><tr><td>1</td></tr></table>'
+    rows = [page('a.jpg', block(3, text='Last.'), block(1, text=' A title '), block(None, text='page 7'),
+                 block(2, category_type='table', html=table, latex='\\begin{tabular}'), block(4, text='hidden', ignore=True),
+                 block(5, category_type='equation_isolated', latex='$$x$$'), block(6, category_type='figure')),
+            page('b.png', block(None, text='only a header')), page('missing.jpg', block(1, text='text'))]
+    Path('upstream/images').mkdir(parents=True)
+    Path('upstream/OmniDocBench.json').write_text(json.dumps(rows))
+    Path('upstream/images/a.jpg').write_bytes(picture('red', 'JPEG'))
+    Path('upstream/images/b.png').write_bytes(picture('blue'))
+    process = inside('prepare_data.py', 'omnidocbench', '--source=upstream')
+    assert process.returncode == 0, process.stderr
+    example, = read('omnidocbench', 'val')
+    assert example['messages'][1]['content'] == f'A title\n\n{table}\n\nLast.\n\n$$x$$'
+    assert example['images'] == [str(Path('upstream/images/a.jpg').absolute())] and example['metric'] == 'edit_similarity'
+    assert read('omnidocbench', 'train') == []
+    assert [row['reason'] for row in read('omnidocbench', 'skipped')] == ['it has no text', 'the image is missing']
+
+
+def test_fox_is_read_as_llava_and_held_out():
+    rows = [{'image': f'en_{i}.png', 'len': 826, 'conversations': [
+        {'from': 'human', 'value': '<image>\nOCR this image: '}, {'from': 'gpt', 'value': f'PAGE {i}'}]} for i in range(3)]
+    Path('en_page_ocr.json').write_text(json.dumps(rows))
+    Path('en_pdf_png').mkdir()
+    for i in range(3):
+        Path(f'en_pdf_png/en_{i}.png').write_bytes(picture(i))
+    process = inside('prepare_data.py', 'llava_instruct', '--source=en_page_ocr.json', '--image_dir=en_pdf_png', '--name=fox',
+                     '--val_every=1')
+    assert process.returncode == 0, process.stderr
+    assert [row['messages'][1]['content'] for row in read('fox', 'val')] == ['PAGE 0', 'PAGE 1', 'PAGE 2']
+    assert read('fox', 'train') == []
+
+
 def test_docbank_without_all_parts_is_refused():
     docbank({'a': PAGE}, {'a': noise(1), 'b': noise(2)})
     run = lambda: inside('prepare_data.py', 'docbank', '--source=upstream')
