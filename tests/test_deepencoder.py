@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, inside, make_model, optimizer_config, tiny_config
+from conftest import TINY, inside, launch, make_model, optimizer_config, read_log, tiny_config
 from open_clip.transformer import QuickGELU, VisionTransformer
 from PIL import Image
 from timm.models.vision_transformer_sam import VisionTransformerSAM
@@ -245,6 +245,19 @@ def test_what_cannot_work_is_refused(changes, message):
         complete_config(tiny_config(**{**SMALL, **changes}))
 
 
+def test_it_runs_under_autocast():
+    torch.manual_seed(0)
+    config = complete_config(tiny_config(**SMALL, max_tiles=4, tile_size=32))
+    model = vision.Vision(config)
+    images = vision.collate([preprocess(noise(*size), config) for size in ((64, 64), (20, 20))], config)
+    exact, valid = model(*images)
+    with torch.autocast('cpu', torch.bfloat16):
+        emb, _ = model(*images)
+    emb.float().square().mean().backward()
+    assert (emb[valid] - exact[valid]).norm() < 0.03 * exact[valid].norm()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_qformer_reads_its_features():
     config = complete_config(tiny_config(**SMALL, connector='qformer', qformer_n_layer=1, qformer_n_head=2, qformer_n_embd=32,
                                          n_queries=3))
@@ -382,6 +395,23 @@ def test_a_resumed_run_is_exact(tmp_path, more):
     assert 'row_cosine' in rows[-1]['eval']
 
 
+@pytest.mark.parametrize('mode', ['ddp', 'fsdp'])
+def test_two_processes_train_what_one_does(tmp_path, mode):
+    """With tiles: of a page of 64 x 20 pixels, but of none that is smaller than a tile."""
+    knobs = [*RUN, '--vision_lr=0', '--compressor_lr=1e-3', '--max_tiles=2', '--tile_size=32', '--batch_size=2',
+             '--gradient_accumulation_steps=2', '--block_size=80', '--max_chars=40', '--max_aspect=4']
+    process = inside('train.py', *knobs, f'--out_dir={tmp_path}/one')
+    assert process.returncode == 0, process.stderr
+    process = launch('train.py', *knobs, f'--out_dir={tmp_path}/two', f'--parallel={mode}', processes=2)
+    assert process.returncode == 0, process.stderr
+    logs = [[row['loss'] for row in read_log(tmp_path / name) if 'loss' in row] for name in ('one', 'two')]
+    assert logs[0] == pytest.approx(logs[1], abs=2e-4) and len(logs[0]) == 4
+    one, two = (read_weights(f'{tmp_path}/{name}/ckpt.pt')['model'] for name in ('one', 'two'))
+    for name, p in one.items():
+        is_frozen = name.startswith(('vision.encoder.sam', 'vision.encoder.clip'))
+        assert torch.equal(p, two[name]) if is_frozen else torch.allclose(p, two[name], atol=2e-3), name
+
+
 def test_a_fresh_gpt_takes_over_the_encoder(tmp_path):
     inside('train.py', *RUN, f'--out_dir={tmp_path}/one')
     inside('train.py', *RUN, f'--out_dir={tmp_path}/two', f'--vision_from={tmp_path}/one/ckpt.pt', '--vision_lr=0',
@@ -441,7 +471,7 @@ def test_the_two_stages_of_deepseek_ocr(tmp_path, monkeypatch, recipe, variant, 
             (tmp_path / name / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     process = inside('train.py', *TINY, '--vision_encoder=', '--tasks=text', f'--out_dir={tmp_path}/text')
     assert process.returncode == 0, process.stderr
-    small = ['--tokenizer=bytes', '--gradient_accumulation_steps=2', '--batch_size=2', '--block_size=48', '--eval_iters=1',
+    small = ['--tokenizer=bytes', '--gradient_accumulation_steps=2', '--batch_size=2', '--block_size=150', '--eval_iters=1',
              '--eval_samples=2', '--max_iters=2', '--eval_interval=2', '--num_workers=0', '--device=cpu', '--compile=False',
              '--deepencoder_mode=tiny', '--warmup_iters=0']
     first = [*small, f'--init_from={tmp_path}/text/ckpt.pt', f'--dataset={tmp_path}/pages', f'--out_dir={tmp_path}/one']

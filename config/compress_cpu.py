@@ -1,0 +1,41 @@
+"""
+How much text fits into an image token? Pages of 8 to 24 characters, read through 1, 4, 9 or 16 tokens: by --image_size=48,
+96, 144, 192, at which the encoder sees the same pages. DeepSeek-OCR's encoder in small, and two baselines.
+
+    python train.py config/compress_cpu.py
+    python train.py config/compress_cpu.py --vision_encoder=vit --vision_n_embd=128 --vision_n_layer=3 --connector=pool
+    python train.py config/compress_cpu.py --vision_encoder=vit --vision_n_embd=128 --vision_n_layer=3 --connector=qformer
+    python sample.py --compression out/compress_deep4 out/compress_pool4 out/compress_qformer4 --eval=pydoc
+"""
+out_dir = 'out/compress_cpu'
+image_width = image_height = 192  # pixels of the page
+image_size = 96             # at which it is read: 4 tokens of 48 x 48 pixels; so many are n_queries
+image_fit = 'squash'
+image_positions = 'each'
+one_line = False
+min_chars = 8
+max_chars = 24
+font_max = 40
+length_warmup_iters = 300   # short texts first
+vision_encoder = 'deepencoder_tiny'
+connector = 'linear'
+patch_height = patch_width = 12
+pool_size = n_queries = 4   # pool: 4 x 4 patches a token
+vision_n_layer = 2
+vision_n_embd = 96          # of SAM; CLIP is 128 wide
+vision_n_head = qformer_n_head = n_layer = n_head = 4
+qformer_n_layer = 2
+qformer_cross_every = 1
+qformer_n_embd = n_embd = 128
+block_size = 64
+position = 'rope'
+qk_norm = True
+batch_size = 32
+optimizer = 'muon'
+muon_lr = 0.012
+learning_rate = vision_lr = qformer_lr = connector_lr = 2e-3
+min_lr = 2e-5
+weight_decay = 0.01
+warmup_iters = 20
+max_iters = eval_interval = 1500
+eval_samples = 256
