@@ -6,9 +6,9 @@ Full definition of a GPT that reads text and images, all of it in this single fi
     positions   an image takes ONE position, however many tokens it has (or one for each: image_positions)
     generate    with a preallocated KV cache, for a batch of prompts of different lengths
     Linear      LoRA, on request
-    switches    what differs between GPT-2 and Llama or Qwen3: norm, position, mlp, n_kv_head, qk_norm, ...
+    switches    what differs between GPT-2 and Llama or Qwen: norm, position, mlp, n_kv_head, qk_norm, ...
     weights     `read_weights` reads any source, `load_weights` matches names and shapes
-    layouts     how Hugging Face stores GPT-2, Llama (SmolLM2), Qwen3 and BLIP-2's Q-Former
+    layouts     how Hugging Face stores GPT-2, Llama (SmolLM2), Qwen2, Qwen3, SmolLM3 and BLIP-2's Q-Former
 
 To read it as nanoGPT's is read, stop at "weights": what follows is about files.
 
@@ -49,12 +49,16 @@ class GPTConfig(VisionConfig):
     norm_eps: float = 1e-5
     position: str = 'learned'  # rope: queries and keys are rotated by their position
     rope_theta: float = 10000.0  # the larger, the slower the slowest rotation: 100000 and more for long texts
+    rope_factor: float = 1.0  # Llama 3.x, 8 or 32: rotations with a period above rope_original are so much slower
+    rope_original: int = 8192
+    nope_every: int = 0       # SmolLM3, 4: every fourth layer rotates nothing
     mlp: str = 'gelu'         # swiglu
     gelu_approximate: str = 'none'  # tanh: OpenAI's GPT-2 was trained with it; nanoGPT trains with none
     n_inner: int = 0          # width of the MLP; 0: 4 * n_embd
     n_kv_head: int = 0        # heads of keys and values; 0: n_head, each query head has its own
     head_dim: int = 0         # width of a head; 0: n_embd / n_head. Qwen3-0.6B: twice that
     qk_norm: bool = False     # True in Qwen3: RMSNorm on each query and key
+    qkv_bias: bool = False    # True in Qwen2: bias in queries, keys and values, whatever `bias` is
     tie_weights: bool = True  # the token embeddings are the head's weights too
     lora_rank: int = 0        # > 0: the GPT is frozen, and an update of this rank of each Linear is trained
     lora_alpha: float = 16.0  # the update is scaled by lora_alpha / lora_rank
@@ -87,8 +91,8 @@ class Linear(nn.Linear):
     A (r, in) and B (out, r) are trained. B starts at zero: the model starts as it was.
     """
 
-    def __init__(self, n_in, n_out, config):
-        super().__init__(n_in, n_out, bias=config.bias)
+    def __init__(self, n_in, n_out, config, bias=False):
+        super().__init__(n_in, n_out, bias=config.bias or bias)
         self.lora_a = None
         if config.lora_rank:  # on the CPU, even if the frozen weights are still on the meta device
             a = torch.empty(config.lora_rank, n_in, device='cpu')
@@ -180,7 +184,7 @@ class CausalSelfAttention(nn.Module):
         self.n_kv_head = config.n_kv_head or config.n_head
         self.head_dim = config.head_dim or config.n_embd // config.n_head
         # key, query, value projections for all heads, but in a batch
-        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, config)
+        self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, config, config.qkv_bias)
         self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, config)
         # queries and keys of unit length make training more stable, https://arxiv.org/abs/2302.05442
         make_qk_norm = nn.RMSNorm if config.qk_norm else nn.Identity
@@ -342,6 +346,10 @@ class GPT(nn.Module):
         head_dim = self.transformer.h[0].attn.head_dim
         exponent = torch.arange(0, head_dim, 2, device=pos.device) / head_dim   # (hs / 2)
         speed = 1 / self.config.rope_theta ** exponent  # rounded as Hugging Face rounds it
+        if self.config.rope_factor != 1:  # https://arxiv.org/abs/2407.21783; between a period of a quarter and the whole of
+            n_turns = self.config.rope_original * speed / (2 * math.pi)  # rope_original the change is gradual
+            share = ((n_turns - 1) / 3).clamp(0, 1)  # of the rotation as it is
+            speed = speed * (share + (1 - share) / self.config.rope_factor)
         angles = pos[..., None, None] * speed                                   # (B, T, 1, hs / 2) radians
         return angles.cos(), angles.sin()
 
@@ -362,8 +370,9 @@ class GPT(nn.Module):
     def run_blocks(self, x, pos, lora_mask, caches=None, cache_pos=None, mask=None):
         """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one for each layer."""
         rope = self.rope(pos)
-        for block, cache in zip(self.transformer.h, caches or [None] * self.config.n_layer):
-            x = block(x, rope, lora_mask, cache, cache_pos, mask)
+        nope_every = self.config.nope_every or math.inf
+        for number, (block, cache) in enumerate(zip(self.transformer.h, caches or [None] * self.config.n_layer), 1):
+            x = block(x, rope if number % nope_every else None, lora_mask, cache, cache_pos, mask)
         return self.transformer.ln_f(x)
 
     def logits(self, idx, images=None, docs=None):
@@ -471,7 +480,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
-        """A GPT-2, Llama or Qwen3 of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B') or in a
+        """A GPT-2, Llama or Qwen of the Hugging Face hub ('gpt2' to 'gpt2-xl', 'Qwen/Qwen3-0.6B') or in a
         folder. Its weights keep the file's dtype, memory-mapped; .float() is for a CPU.
         """
         return load_model(name, **overrides)
@@ -536,7 +545,7 @@ def load_model(source, **overrides):
 
 def read_weights(source):
     """Any source of weights as one dict, that of nanoGPT's checkpoints: a ckpt.pt of nanoGPT or train.py, the
-    glimpse.safetensors of an export, a GPT-2, Llama, Qwen3 or BLIP-2 of Hugging Face, by hub name or folder.
+    glimpse.safetensors of an export, a GPT-2, Llama, Qwen or BLIP-2 of Hugging Face, by hub name or folder.
 
         model, model_args   {name: tensor} by our names, {field of GPTConfig: value}
         config              knobs of the run that made it; its 'tokenizer' names the tokenizer
@@ -775,7 +784,7 @@ GPT2_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # OpenAI's 
 # activation_function of a GPT-2 -> gelu_approximate
 GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
 
-# parts of names, Llama's and Qwen3's -> ours; their q_proj, k_proj and v_proj are our c_attn
+# parts of names, Llama's, Qwen's and SmolLM3's -> ours; their q_proj, k_proj and v_proj are our c_attn
 LLAMA = {'model.embed_tokens': 'transformer.wte', 'model.layers': 'transformer.h',
          'model.norm': 'transformer.ln_f', 'input_layernorm': 'ln_1', 'post_attention_layernorm': 'ln_2',
          'self_attn.o_proj': 'attn.c_proj', 'self_attn.q_norm': 'attn.q_norm', 'self_attn.k_norm': 'attn.k_norm',
@@ -810,7 +819,8 @@ def read_published(source):
     config, tensors = read_tensors(source)
     config = {key: value for key, value in config.items() if value is not None}  # null is the default
     tensors = {name: p for name, p in tensors.items() if not name.endswith(CONSTANTS)}
-    readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen3': read_llama, 'blip-2': read_blip2}
+    readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen2': read_llama, 'qwen3': read_llama, 'smollm3': read_llama,
+               'blip-2': read_blip2}
     model_type = config.get('model_type')
     path = f'{source}/config.json'
     if model_type not in readers:
@@ -886,21 +896,32 @@ def read_gpt2(config, tensors):
     return args, state
 
 def read_llama(config, tensors):
-    """A Llama's or Qwen3's config.json and tensors as model_args and state dict."""
-    is_qwen = config['model_type'] == 'qwen3'
+    """The config.json and tensors of a Llama, Qwen2, Qwen3 or SmolLM3 as model_args and state dict."""
+    model_type = config['model_type']
     rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    config = {'num_key_value_heads': 0, 'head_dim': 128 if is_qwen else 0, 'rope_theta': 10000.0,
+    config = {'num_key_value_heads': 0, 'head_dim': 128 if model_type == 'qwen3' else 0, 'rope_theta': 10000.0,
               'tie_word_embeddings': False, **config, **rope}
-    check_supported(config, {
-        'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'use_sliding_window': False,
-        'rope_type': 'default', 'type': 'default', 'partial_rotary_factor': 1.0})
     args = {ours: config[theirs] for ours, theirs in LLAMA_FIELDS.items()}
-    args.update(bias=False, norm='rmsnorm', position='rope', mlp='swiglu', qk_norm=is_qwen)
+    args.update(bias=False, norm='rmsnorm', position='rope', mlp='swiglu', qk_norm=model_type == 'qwen3',
+                qkv_bias=model_type == 'qwen2')
+    rope_type = config.get('rope_type', config.get('type', 'default'))
+    if rope_type == 'llama3':
+        check_supported(config, {'low_freq_factor': 1.0, 'high_freq_factor': 4.0})
+        args.update(rope_factor=config['factor'], rope_original=config['original_max_position_embeddings'])
+    elif rope_type != 'default':
+        raise ValueError(f"its rope_type is {rope_type!r}, not 'default' or 'llama3'")
+    if model_type == 'smollm3':
+        args['nope_every'] = config.get('no_rope_layer_interval', 4)
+        rotates = [int((i + 1) % args['nope_every'] > 0) for i in range(args['n_layer'])]
+        check_supported(config, {'no_rope_layers': rotates})
+    check_supported(config, {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'use_sliding_window': False,
+                             'partial_rotary_factor': 1.0})
     state = {rename(name, LLAMA): p for name, p in tensors.items()}
     for i in range(args['n_layer']):
-        names = [f'transformer.h.{i}.self_attn.{x}_proj.weight' for x in 'qkv']
-        if all(name in state for name in names):
-            state[f'transformer.h.{i}.attn.c_attn.weight'] = torch.cat([state.pop(name) for name in names])
+        for kind in ('weight', 'bias'):
+            names = [f'transformer.h.{i}.self_attn.{x}_proj.{kind}' for x in 'qkv']
+            if all(name in state for name in names):
+                state[f'transformer.h.{i}.attn.c_attn.{kind}'] = torch.cat([state.pop(name) for name in names])
     return args, state
 
 def read_blip2(config, tensors):
@@ -922,7 +943,7 @@ def read_blip2(config, tensors):
 
 def to_hugging_face(model):
     """The text part of a model as (config.json's dict, {name: tensor}) for Hugging Face's GPT2LMHeadModel,
-    LlamaForCausalLM or Qwen3ForCausalLM, without LoRA's updates that are not merged because they act only
+    LlamaForCausalLM and its relatives, without LoRA's updates that are not merged because they act only
     after an image. Raises ValueError if none of these classes computes what this GPT does.
     """
     c = model.config
@@ -933,15 +954,20 @@ def to_hugging_face(model):
         del state['lm_head.weight']
     switches = c.norm, c.position, c.mlp
     is_multi_head = attn.n_kv_head == attn.n_head and attn.n_head * attn.head_dim == c.n_embd
-    if switches == ('layernorm', 'learned', 'gelu') and not c.qk_norm and is_multi_head:
+    if switches == ('layernorm', 'learned', 'gelu') and not c.qk_norm and not c.qkv_bias and is_multi_head:
         config = {'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'],
                   'activation_function': 'gelu_new' if c.gelu_approximate == 'tanh' else 'gelu'}
         table = GPT2_FIELDS
         state = dict(to_gpt2(state, c.bias))
     elif switches == ('rmsnorm', 'rope', 'swiglu') and not c.bias:
-        model_type = 'qwen3' if c.qk_norm else 'llama'
-        config = {'model_type': model_type, 'architectures': [f'{model_type.title()}ForCausalLM'],
-                  'rope_parameters': {'rope_theta': c.rope_theta, 'rope_type': 'default'}}
+        model_type = llama_type(c)
+        rope = {'rope_theta': c.rope_theta, 'rope_type': 'default'}
+        if c.rope_factor != 1:
+            rope |= {'rope_type': 'llama3', 'factor': c.rope_factor, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+                     'original_max_position_embeddings': c.rope_original}
+        config = {'model_type': model_type, 'architectures': [LLAMA_CLASSES[model_type]], 'rope_parameters': rope}
+        if c.nope_every:
+            config |= {'no_rope_layer_interval': c.nope_every, 'pad_token_id': None}
         table = LLAMA_FIELDS
         state = dict(to_llama(state, attn))
     else:
@@ -953,6 +979,17 @@ def to_hugging_face(model):
     config['dtype'] = str(model.lm_head.weight.dtype).removeprefix('torch.')
     return config, state
 
+LLAMA_CLASSES = {'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM',
+                 'smollm3': 'SmolLM3ForCausalLM'}
+
+def llama_type(config):
+    """The model_type of Hugging Face that computes a Llama with these switches."""
+    types = [name for name, switch in (('qwen3', config.qk_norm), ('qwen2', config.qkv_bias), ('smollm3', config.nope_every))
+             if switch] or ['llama']
+    if len(types) > 1 or types != ['llama'] and config.rope_factor != 1:
+        raise ValueError('no class of Hugging Face has more than one of qk_norm, qkv_bias, nope_every and rope_factor')
+    return types[0]
+
 def to_gpt2(state, bias):
     """(name, tensor) as GPT2LMHeadModel has them."""
     for name, p in state.items():
@@ -961,7 +998,7 @@ def to_gpt2(state, bias):
             yield name.replace('weight', 'bias'), p.new_zeros(len(p))  # theirs always have one
 
 def to_llama(state, attn):
-    """(name, tensor) as LlamaForCausalLM and Qwen3ForCausalLM have them."""
+    """(name, tensor) as LlamaForCausalLM and its relatives have them."""
     theirs = {ours: name for name, ours in LLAMA.items()}
     sizes = [heads * attn.head_dim for heads in (attn.n_head, attn.n_kv_head, attn.n_kv_head)]
     for name, p in state.items():

@@ -20,13 +20,20 @@ transformers = pytest.importorskip('transformers')
 tokenizers = pytest.importorskip('tokenizers')
 
 
-def hugging_face(model_type, folder, tie_weights=True, n_kv_head=2, shard='1GB', vocab_size=211):
-    """A small Llama or Qwen3 with random weights, saved as on the hub."""
-    config_class = {'llama': transformers.LlamaConfig, 'qwen3': transformers.Qwen3Config}[model_type]
-    config = config_class(
+LLAMA3_ROPE = {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+               'original_max_position_embeddings': 48}  # of 8192 upstream, where it would change little in 100 tokens
+MODELS = {'llama': ('LlamaConfig', {}), 'llama3': ('LlamaConfig', {'rope_parameters': LLAMA3_ROPE}),
+          'qwen2': ('Qwen2Config', {}), 'qwen3': ('Qwen3Config', {}),
+          'smollm3': ('SmolLM3Config', {'pad_token_id': None, 'no_rope_layer_interval': 2})}
+
+
+def hugging_face(name, folder, tie_weights=True, n_kv_head=2, shard='1GB', vocab_size=211):
+    """A small model of MODELS with random weights, saved as on the hub."""
+    config_class, changes = MODELS[name]
+    config = getattr(transformers, config_class)(**{**dict(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=n_kv_head, head_dim=16, max_position_embeddings=128, rope_theta=5e4,
-        tie_word_embeddings=tie_weights, rms_norm_eps=1e-6)
+        tie_word_embeddings=tie_weights, rms_norm_eps=1e-6), **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -49,7 +56,7 @@ def random_ids(*shape, seed=0, top=211):
 # -----------------------------------------------------------------------------
 # weights
 
-@pytest.mark.parametrize('model_type', ['llama', 'qwen3'])
+@pytest.mark.parametrize('model_type', MODELS)
 @pytest.mark.parametrize('tie_weights', [True, False])
 @pytest.mark.parametrize('n_kv_head, shard, n_files', [(1, '1GB', 1), (2, '60KB', 3), (4, '1GB', 1)])
 def test_logits_equal_hugging_faces(tmp_path, model_type, tie_weights, n_kv_head, shard, n_files):
@@ -61,7 +68,7 @@ def test_logits_equal_hugging_faces(tmp_path, model_type, tie_weights, n_kv_head
         assert (ours.logits(random_ids(2, 100)) - expected).abs().max() < 1e-4 and expected.std() > 0.3
 
 
-@pytest.mark.parametrize('model_type', ['llama', 'qwen3'])
+@pytest.mark.parametrize('model_type', MODELS)
 def test_greedy_continuations_equal_hugging_faces_and_those_without_a_cache(tmp_path, model_type):
     theirs = hugging_face(model_type, tmp_path)
     ours = GPT.from_pretrained(str(tmp_path)).eval()
@@ -113,12 +120,15 @@ def test_text_logits_do_not_change_when_vision_is_added(tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'model_type': 'mamba'}, "expected a model of type gpt2, llama, qwen3, blip-2, got 'mamba'"),
+    ({'model_type': 'mamba'}, "expected a model of type gpt2, llama, qwen2, qwen3, smollm3, blip-2, got 'mamba'"),
     ({'model_type': None}, 'got None'),
     ({'hidden_act': 'gelu'}, "its hidden_act is 'gelu', not 'silu'"),
     ({'attention_bias': True}, 'its attention_bias is True'),
-    ({'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "its type is 'linear', not 'default'"),
-    ({'rope_parameters': {'rope_type': 'llama3', 'rope_theta': 5e5}}, "its rope_type is 'llama3'"),
+    ({'rope_parameters': None, 'rope_scaling': {'type': 'linear', 'factor': 2.0}}, "its rope_type is 'linear', not 'default'"),
+    ({'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 5e5}}, "its rope_type is 'yarn'"),
+    ({'rope_parameters': {**LLAMA3_ROPE, 'high_freq_factor': 8.0}}, 'its high_freq_factor is 8.0, not 4.0'),
+    ({'model_type': 'smollm3', 'no_rope_layers': [0, 1, 1]}, 'its no_rope_layers is [0, 1, 1], not [1, 1, 1]'),
+    ({'model_type': 'qwen2'}, 'missing transformer.h.0.attn.c_attn.bias'),
     ({'intermediate_size': 96}, 'transformer.h.0.mlp.c_fc.weight is (80, 32), not (96, 32)'),
     ({'num_key_value_heads': 4}, 'c_attn.weight is (128, 32), not (192, 32)'),
     ({'num_key_value_heads': 3}, 'n_head (4) must be a multiple of n_kv_head (3)'),
@@ -247,12 +257,11 @@ def test_a_run_from_a_published_model_answers_and_resumes(lora_run, tmp_path):
     assert process.returncode == 0 and 'tokenizer was' not in process.stderr, process.stderr
 
 
-def test_the_system_prompt_of_a_run_is_that_of_its_answers(smollm, tmp_path, monkeypatch):
+def test_the_system_prompt_of_a_run_is_that_of_its_answers(smollm, tmp_path):
     process = train(tmp_path, f'--init_from={smollm}', '--lora_rank=2', '--optimizer=adamw', '--system_prompt=Be brief.',
                     '--max_iters=1')
     assert process.returncode == 0, process.stderr
-    monkeypatch.setattr(sample, 'out_dir', str(tmp_path))
-    _, enc, *_ = sample.load()
+    _, enc, *_ = sample.load(f'{tmp_path}/ckpt.pt')
     assert enc.system_prompt == 'Be brief.' != get_tokenizer(str(smollm)).system_prompt
 
 
@@ -310,7 +319,8 @@ def test_lora_that_acts_only_after_images_keeps_the_text_model(smollm, tmp_path,
 
 @pytest.mark.parametrize('config', [
     dict(bias=True), dict(bias=False), dict(bias=True, gelu_approximate='tanh', tie_weights=False, n_inner=40),
-    LLAMA, dict(LLAMA, tie_weights=False, head_dim=8, n_inner=40, rope_theta=5e5), dict(LLAMA, qk_norm=True, n_kv_head=2)])
+    LLAMA, dict(LLAMA, tie_weights=False, head_dim=8, n_inner=40, rope_theta=5e5), dict(LLAMA, qk_norm=True, n_kv_head=2),
+    dict(LLAMA, qkv_bias=True), dict(LLAMA, nope_every=2), dict(LLAMA, rope_factor=8.0, rope_original=16)])
 def test_an_export_is_loaded_by_hugging_face_and_by_us(tmp_path, config):
     model = make_model(**config)
     settings, tensors = to_hugging_face(model)
@@ -328,6 +338,10 @@ def test_an_export_is_loaded_by_hugging_face_and_by_us(tmp_path, config):
 def test_a_model_that_hugging_face_cannot_compute_is_not_exported():
     with pytest.raises(ValueError, match='no class of Hugging Face computes norm rmsnorm, position learned, mlp gelu'):
         to_hugging_face(make_model(norm='rmsnorm'))
+    with pytest.raises(ValueError, match='more than one of qk_norm, qkv_bias, nope_every and rope_factor'):
+        to_hugging_face(make_model(**LLAMA, qk_norm=True, qkv_bias=True))
+    with pytest.raises(ValueError, match='no class of Hugging Face computes norm layernorm'):
+        to_hugging_face(make_model(bias=False, qkv_bias=True))
 
 
 def test_a_vit_that_was_trained_with_another_gpt_is_taken_over(run_dir, smollm, tmp_path):

@@ -319,8 +319,7 @@ def test_continuations_with_and_without_the_image_appear_in_the_sheet(tmp_path, 
 
 def open_evaluation(run_dir, monkeypatch, **changes):
     """The evaluation of a run, its model and its autocast."""
-    monkeypatch.setattr(sample, 'out_dir', str(run_dir))
-    model, enc, config, autocast = sample.load()
+    model, enc, config, autocast = sample.load(f'{run_dir}/ckpt.pt')
     config = SimpleNamespace(**{**vars(config), **changes})
     dist_env = SimpleNamespace(rank=0, world_size=1, ddp=False, device='cpu')
     return Evaluation(config, enc, model, dist_env), model, autocast
