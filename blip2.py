@@ -56,7 +56,7 @@ class QFormerPretraining(nn.Module):
     base_model = None
 
     def image_embeds(self, images):
-        """(patches, grid) of vision.collate -> an embedding of length 1 for each query, (N, K, proj_dim)."""
+        """(patches, grid) of patches.collate_images -> an embedding of length 1 for each query, (N, K, proj_dim)."""
         return self.project_image(*self.vision.features(*images))
 
     def project_image(self, features, valid):

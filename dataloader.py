@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 import render
 import vision
+from patches import cell_size, collate_images, is_native, num_tokens, preprocess
 from render import IMAGE, TASKS, parse_tasks
 
 USER, ASSISTANT, END = '<|user|>', '<|assistant|>', '<|endoftext|>'
@@ -856,7 +857,7 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
         raise ValueError('the example has an image, but the model has no vision_encoder')
-    images = [cache[source] if cache and isinstance(source, str) else vision.preprocess(load_image(source), config)
+    images = [cache[source] if cache and isinstance(source, str) else preprocess(load_image(source), config)
               for source in sources]
     pieces = segments(example, tokenizer, loss_on, prompt_only)
     if config.image_marks:  # not in the loss
@@ -867,7 +868,7 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     if len(positions) != len(images):
         raise ValueError(f'the example has {len(images)} images, but its text has {len(positions)} <image>: write '
                          'one for each')
-    n_tokens = [vision.num_tokens(image, config) for image in images]
+    n_tokens = [num_tokens(image, config) for image in images]
     extra = sum(n_tokens) - len(images) if config.image_positions == 'each' else 0  # positions
     needed = extra + (len(ids) if prompt_only else 1 + max(positions, default=-1) + config.image_marks)
     if needed > config.block_size:
@@ -905,8 +906,8 @@ def target_places(targets):
 
 def collate(examples, config, n_images=0):
     """Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; places (n,), as in
-    `target_places`; lengths int64 (B,); images, what vision.collate makes of all of them, row by row, or None without
-    vision; of packed rows also docs (B, T), as in `pack`. n_images as in vision.collate. An {"error": sentence} among the
+    `target_places`; lengths int64 (B,); images, what patches.collate_images makes of all of them, row by row, or None
+    without vision; of packed rows also docs (B, T), as in `pack`. n_images as there. An {"error": sentence} among the
     examples is returned in place of a batch. ValueError if ids and images disagree.
     """
     errors = [example for example in examples if 'error' in example]
@@ -924,10 +925,10 @@ def collate(examples, config, n_images=0):
     if config.vision_encoder:
         images = [image for example in examples for image in example['images']]
         n_ids = int((batch['idx'] == config.image_token).sum())
-        n_tokens = sum(vision.num_tokens(image, config) for image in images)
+        n_tokens = sum(num_tokens(image, config) for image in images)
         if n_ids != n_tokens:
             raise ValueError(f'the batch has {n_ids} <image> ids, but its images make {n_tokens} tokens')
-        batch['images'] = vision.collate(images, config, n_images)
+        batch['images'] = collate_images(images, config, n_images)
     return batch
 
 # -----------------------------------------------------------------------------
@@ -1001,8 +1002,8 @@ class FeatureCache:
     """cache[path] is (features float32 (L', C), grid (L', 2)). The folder's name is a hash of what the features depend on."""
 
     def __init__(self, root, config, fingerprint):
-        size = config.max_image_tokens if vision.is_native(config) else config.image_size
-        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, vision.cell_size(config), size]
+        size = config.max_image_tokens if is_native(config) else config.image_size
+        made_by = [fingerprint, config.vision_layer, config.vision_cls, config.image_fit, cell_size(config), size]
         self.root = Path(root)  # the dataset's folder
         self.folder = self.root / f'features-{hash64(json.dumps(made_by)):016x}'
         self.finished = self.folder / 'finished'  # an empty file, written last
@@ -1026,14 +1027,14 @@ class FeatureCache:
         device = next(model.parameters()).device
 
         def compute(paths):
-            images = [vision.preprocess(image, model.config) for image in pool.map(load_image, paths)]
-            batch = [tensor.to(device) for tensor in vision.collate(images, model.config)]
+            images = [preprocess(image, model.config) for image in pool.map(load_image, paths)]
+            batch = [tensor.to(device) for tensor in collate_images(images, model.config)]
             features, valid = model.features(*batch)  # (N, L', C), (N, L')
             return [x[own].cpu() for x, own in zip(features, valid)]
 
         with ThreadPoolExecutor(4) as pool:
             length, width = compute(paths[:1])[0].shape
-            if vision.is_native(model.config):
+            if is_native(model.config):
                 length = model.config.max_image_tokens  # at most
             needed = len(paths) * length * width * 2 / 1e9
             free = shutil.disk_usage(self.folder).free / 1e9

@@ -302,7 +302,7 @@ class GPT(nn.Module):
     # a sequence with images in it
 
     def embed(self, idx, images=None, docs=None):
-        """idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: what vision.collate
+        """idx (B, T) int64: <image> ids where image tokens stand, -1 for padding. images: what patches.collate_images
         returns, all images of the batch, row by row; or None. docs (B, T): in packed rows, the number of
         each token's document. Returns embeddings (B, T, C), position embeddings included if those are learned,
         and positions (B, T), which restart with each document. Raises ValueError if the numbers of <image> ids

@@ -47,6 +47,7 @@ from dataloader import (VAL_EVERY, FeatureCache, dataset_folder, explain_errors,
                         open_rows, open_table, pack, parse_mixture, place_images, read_bytes, scan_file,
                         to_example, to_message, tokenize)
 from pages import docbank_text, read_voc, table_html
+from patches import is_pretrained
 from render import IMAGE
 
 # -----------------------------------------------------------------------------
@@ -943,7 +944,7 @@ def store_features(
     device='',  # '' takes CUDA or MPS if there is one
 ):
     """Stores a frozen encoder's features of a dataset's images in data/NAME/features-KEY/; continues if interrupted."""
-    if not vision.is_pretrained(config):
+    if not is_pretrained(config):
         raise ValueError(f'expected --vision_encoder=NAME/TAG of a frozen encoder, got {config.vision_encoder!r}')
     if config.image_newlines:
         raise ValueError('stored features do not say where rows end: leave image_newlines out')

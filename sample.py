@@ -48,7 +48,7 @@ from configurator import configure, run
 from dataloader import (ASSISTANT, CALL_MARKS, IMAGE, Examples, FileRows, TooLong, collate, count_draws,
                         get_tokenizer, image_error, load_image, open_rows, parse_mixture, tokenize)
 from model import build_model, read_weights, to_hugging_face
-from vision import NEWLINE, arrange, cell_size, num_tokens, preprocess
+from patches import NEWLINE, arrange, cell_size, num_tokens, preprocess
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'     # out_dir's checkpoint; or, as in train.py, a checkpoint's path or a published model

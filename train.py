@@ -42,9 +42,10 @@ from dataloader import (FeatureCache, Mixture, TokenizedExamples, collate, datas
                         is_plain_text, open_rows, pack, parse_mixture)
 from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
                    read_weights, vision_of)
+from patches import is_deepencoder
 from render import parse_tasks
 from sample import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device, warn_of_collapse
-from vision import VisionConfig, complete_config, is_deepencoder
+from vision import VisionConfig, complete_config
 
 # -----------------------------------------------------------------------------
 # run

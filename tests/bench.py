@@ -41,6 +41,7 @@ import train  # noqa: E402
 import vision  # noqa: E402
 from configurator import configure  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from patches import collate_images, num_tokens, preprocess  # noqa: E402
 from sample import best_dtype, find_device, to_device  # noqa: E402
 
 
@@ -173,8 +174,8 @@ def llava_like_documents(count, config):
     """
     rng = random.Random(0)
     picture = vision.Image.effect_noise((56, 56), 100).convert('RGB')
-    patches = vision.preprocess(picture, config)
-    n_image_tokens = vision.num_tokens(patches, config)
+    patches = preprocess(picture, config)
+    n_image_tokens = num_tokens(patches, config)
     for _ in range(count):
         n_images = rng.choices((0, 1, 2, 3, 4), (6, 84, 5, 3, 2))[0]
         n_text = min(config.block_size - 200, max(8, int(rng.lognormvariate(5.2, 0.8))))
@@ -281,9 +282,9 @@ def vlm_row(text_model, name, lora_rank, rows):
     lora = dict(lora_rank=int(lora_rank), lora_alpha=128.0)
     config = vision.complete_config(GPTConfig(**shape, **lora, vision_encoder=f'{name}/'))
     image = vision.Image.effect_noise((400, 300), 100).convert('RGB')
-    patches = vision.preprocess(image, config)
-    images = vision.collate([patches] * rows, config)
-    batch = make_batch(images, vision.num_tokens(patches, config), 256, 128, config.image_token)
+    patches = preprocess(image, config)
+    images = collate_images([patches] * rows, config)
+    batch = make_batch(images, num_tokens(patches, config), 256, 128, config.image_token)
     seconds = median_seconds(make_step(config, batch), 3 if rows < 16 else 1)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     label = f'{text_model}, {name}' + (', LoRA' if config.lora_rank else '')
@@ -419,7 +420,7 @@ def make_peer(side):
 
     def inputs(rows):
         patches = torch.randint(0, 256, (rows, 196, 16 * 16 * 3), dtype=torch.uint8)
-        grid = vision.preprocess(vision.Image.new('RGB', (8, 8)), config)[1].expand(rows, -1, -1)
+        grid = preprocess(vision.Image.new('RGB', (8, 8)), config)[1].expand(rows, -1, -1)
         batch = to_device(make_batch((patches, grid), 196, 256, 128, config.image_token), device)
         if side == 'glimpse':
             return batch

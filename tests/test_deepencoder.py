@@ -20,8 +20,9 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 import vision
 from dataloader import collate, get_tokenizer, tokenize
 from model import GPT, read_weights, rename
+from patches import END, NEWLINE, PADDING, arrange, collate_images, num_tokens, preprocess, tile_shape
 from train import configure_optimizers, estimate_flops
-from vision import END, NEWLINE, PADDING, VisionConfig, arrange, complete_config, num_tokens, preprocess, tile_shape
+from vision import VisionConfig, complete_config
 
 SMALL = dict(vision_encoder='deepencoder_tiny', image_size=64, patch_height=4, patch_width=4, vision_n_embd=24,
              vision_n_layer=4)
@@ -198,14 +199,14 @@ def test_images_with_and_without_tiles_in_a_batch_give_what_they_give_alone(enco
     counts = [num_tokens(image, config) for image in images]
     assert len(set(counts)) >= 3
     with torch.no_grad():
-        emb, valid = model(*vision.collate(images, config))
-        static, static_valid = model(*vision.collate(images, config, n_images=6))
+        emb, valid = model(*collate_images(images, config))
+        static, static_valid = model(*collate_images(images, config, n_images=6))
         assert valid.sum(1).tolist() == counts and static_valid.sum(1).tolist() == [*counts, 0, 0]
         torch.testing.assert_close(static[static_valid], emb[valid])
         for i, image in enumerate(images):
-            alone, alone_valid = model(*vision.collate([image], config))
+            alone, alone_valid = model(*collate_images([image], config))
             torch.testing.assert_close(alone[alone_valid], emb[i][valid[i]], rtol=1e-4, atol=1e-5)
-        newlines = vision.collate(images, config)[2] == NEWLINE
+        newlines = collate_images(images, config)[2] == NEWLINE
         assert (emb[newlines] == model.connector.newline).all()
 
 
@@ -218,7 +219,7 @@ def test_each_tile_changes_its_own_tokens_only():
     changed = image.copy()
     changed.paste('red', (64, 0, 128, 64))
     with torch.no_grad():
-        a, b = (model.features(*vision.collate([preprocess(x, config)], config))[0][0] for x in (image, changed))
+        a, b = (model.features(*collate_images([preprocess(x, config)], config))[0][0] for x in (image, changed))
     differs = (a != b).any(1)  # of the whole image, the left tile, the right tile
     n = (64 // config.patch_width) ** 2
     assert differs[:n].any() and not differs[n:2 * n].any() and differs[2 * n:].all()
@@ -226,7 +227,7 @@ def test_each_tile_changes_its_own_tokens_only():
 
 def test_a_batch_of_padding_is_encoded():
     config = complete_config(tiny_config(**{**SMALL, 'max_tiles': 4, 'tile_size': 32}))
-    batch = vision.collate([], config)
+    batch = collate_images([], config)
     emb, valid = vision.Vision(config)(*batch)
     assert not valid.any() and emb.isfinite().all() and (batch[2] == PADDING).all()
 
@@ -249,7 +250,7 @@ def test_it_runs_under_autocast():
     torch.manual_seed(0)
     config = complete_config(tiny_config(**SMALL, max_tiles=4, tile_size=32))
     model = vision.Vision(config)
-    images = vision.collate([preprocess(noise(*size), config) for size in ((64, 64), (20, 20))], config)
+    images = collate_images([preprocess(noise(*size), config) for size in ((64, 64), (20, 20))], config)
     exact, valid = model(*images)
     with torch.autocast('cpu', torch.bfloat16):
         emb, _ = model(*images)
@@ -263,7 +264,7 @@ def test_a_qformer_reads_its_features():
                                          n_queries=3))
     model = vision.Vision(config)
     images = [preprocess(noise(64, 64), config)]
-    emb, valid = model(*vision.collate(images, config))
+    emb, valid = model(*collate_images(images, config))
     assert emb.shape == (1, 3, 32) and valid.all() and num_tokens(images[0], config) == 3
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load, load_file, save_file
 import dataloader
 import vision
 from model import build_model, checkpoint_state, load_vision_from, published_fingerprint
+from patches import collate_images, num_tokens, preprocess, resize_to_square
 from sample import find_device
 from train import configure_optimizers
 from vision import complete_config
@@ -104,7 +105,7 @@ def make_vision(towers, name, **changes):
 
 
 def batch_of(image, config):
-    return vision.collate([vision.preprocess(image, config)], config)
+    return collate_images([preprocess(image, config)], config)
 
 
 # the last layer of a CoCa has no norm of its own, and open_clip cannot compute it
@@ -131,7 +132,7 @@ def test_features_are_the_original_towers_also_where_cells_extend_over_the_borde
         theirs = torch.nn.functional.avg_pool2d(theirs, 3, ceil_mode=True)
     patches, grid = batch_of(random_image(), config)
     ours, valid = model.features(patches, grid)
-    assert valid.all() and ours.shape[1] == vision.num_tokens((patches[0], grid[0]), config)
+    assert valid.all() and ours.shape[1] == num_tokens((patches[0], grid[0]), config)
     torch.testing.assert_close(ours, theirs.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4)
 
 
@@ -162,16 +163,16 @@ def test_class_token_is_kept_on_request(towers):
 @pytest.mark.parametrize('fit, corner, middle', [('pad', 'mean', 'red'), ('squash', 'red', 'red'), ('crop', 'red', 'red')])
 def test_image_fit(fit, corner, middle):
     config = tiny_config(vision_encoder='x/y', image_fit=fit, image_size=32, image_mean=(0.25, 0.5, 0.75))
-    image = vision.resize_to_square(Image.new('RGB', (64, 32), 'red'), config)
+    image = resize_to_square(Image.new('RGB', (64, 32), 'red'), config)
     colors = {'red': (255, 0, 0), 'mean': (63, 127, 191)}
     assert image.size == (32, 32)
     assert image.getpixel((16, 1)) == colors[corner] and image.getpixel((16, 16)) == colors[middle]
     blue_edge = Image.new('RGB', (64, 32), 'red')
     blue_edge.paste('blue', (0, 0, 8, 32))
-    assert (vision.resize_to_square(blue_edge, config).getpixel((0, 16))[2] > 128) == (fit != 'crop')
+    assert (resize_to_square(blue_edge, config).getpixel((0, 16))[2] > 128) == (fit != 'crop')
     config.image_fit = 'stretch'
     with pytest.raises(ValueError, match='image_fit must be native, pad, squash or crop'):
-        vision.resize_to_square(image, config)
+        resize_to_square(image, config)
 
 
 # -----------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def test_damaged_weights_raise_in_one_sentence(towers, tmp_path):
 def one_step(model):
     """Forward and backward with one image."""
     images = batch_of(random_image(), model.config)
-    n = vision.num_tokens((images[0][0], images[1][0]), model.config)
+    n = num_tokens((images[0][0], images[1][0]), model.config)
     idx = torch.tensor([[5, *[256] * n, 7]])
     targets = torch.roll(idx, -1, 1).masked_fill(idx == 256, -1)
     model(batch_of_ids(idx, targets, images))['lm'].backward()
@@ -576,7 +577,7 @@ def test_encoders_run_under_autocast(towers, name, changes):
     """On a GPU if there is one: which operations autocast makes bfloat16 differs."""
     model, config = make_vision(towers, name, **{'connector': 'mlp', **changes})
     device = find_device()
-    batch = [t.to(device) for t in vision.collate([vision.preprocess(random_image(i), config) for i in range(2)], config)]
+    batch = [t.to(device) for t in collate_images([preprocess(random_image(i), config) for i in range(2)], config)]
     model.to(device)
     exact, _ = model(*batch)
     with torch.autocast(device, torch.bfloat16):

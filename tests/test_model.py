@@ -11,8 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import _muon
 
 import train
-import vision
 from model import GPT, GPTConfig, load_model, read_weights, sample_token
+from patches import collate_images, num_tokens, preprocess
 from train import Muon, best_dtype, configure_optimizers, orthogonalize
 
 
@@ -20,14 +20,14 @@ def random_image(seed, size=(24, 16)):
     """A random image as (patches, grid)."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8).numpy()
-    return vision.preprocess(Image.fromarray(pixels), tiny_config())
+    return preprocess(Image.fromarray(pixels), tiny_config())
 
 
 def row(*items):
     """The ids of a row; an image becomes as many <image> ids as it makes tokens."""
     ids = []
     for item in items:
-        ids += [item] if isinstance(item, int) else [256] * vision.num_tokens(item, tiny_config())
+        ids += [item] if isinstance(item, int) else [256] * num_tokens(item, tiny_config())
     return ids
 
 
@@ -50,7 +50,7 @@ def test_lora_after_images_changes_neither_text_nor_what_comes_before_the_image(
                 p.normal_()
     lora.load_state_dict(base.state_dict(), strict=False)
     a = random_image(0)
-    images = vision.collate([a], base.config)
+    images = collate_images([a], base.config)
     idx = pad([row(5, 6, a, 7, 8), row(1, 2, 3)])
     before = base.logits(idx, images)
     after = lora.logits(idx, images)
@@ -107,7 +107,7 @@ def test_text_logits_are_bit_identical_with_and_without_vision():
     idx = torch.randint(0, 256, (3, 20))
     assert torch.equal(with_vision.logits(idx), text_only.logits(idx))
     # also in a batch whose only image is the padding that keeps the graph the same on every rank
-    padding = vision.collate([], with_vision.config)
+    padding = collate_images([], with_vision.config)
     assert torch.equal(with_vision.logits(idx, padding), text_only.logits(idx))
 
 
@@ -115,8 +115,8 @@ def test_image_changes_the_logits_after_it_and_none_before(tiny_model):
     a = random_image(1)
     b = random_image(2)
     idx = pad([row(5, 6, a, 7, 8)])
-    with_a = tiny_model.logits(idx, vision.collate([a], tiny_model.config))
-    with_b = tiny_model.logits(idx, vision.collate([b], tiny_model.config))
+    with_a = tiny_model.logits(idx, collate_images([a], tiny_model.config))
+    with_b = tiny_model.logits(idx, collate_images([b], tiny_model.config))
     assert torch.equal(with_a[:, :2], with_b[:, :2])
     assert (with_a[:, -2:] - with_b[:, -2:]).abs().max() > 1e-2
 
@@ -124,25 +124,25 @@ def test_image_changes_the_logits_after_it_and_none_before(tiny_model):
 def test_swapping_two_images_changes_the_logits(tiny_model):
     a = random_image(1)
     b = random_image(2, (40, 8))
-    both = tiny_model.logits(pad([row(5, a, b, 7)]), vision.collate([a, b], tiny_model.config))
-    swapped = tiny_model.logits(pad([row(5, b, a, 7)]), vision.collate([b, a], tiny_model.config))
+    both = tiny_model.logits(pad([row(5, a, b, 7)]), collate_images([a, b], tiny_model.config))
+    swapped = tiny_model.logits(pad([row(5, b, a, 7)]), collate_images([b, a], tiny_model.config))
     assert (both[:, -1] - swapped[:, -1]).abs().max() > 1e-3
 
 
 def test_padding_of_rows_and_of_images_changes_nothing(tiny_model):
     small = random_image(1, (16, 8))
     large = random_image(2, (30, 30))
-    single = tiny_model.logits(pad([row(5, small, 7, 8)]), vision.collate([small], tiny_model.config))
+    single = tiny_model.logits(pad([row(5, small, 7, 8)]), collate_images([small], tiny_model.config))
     rows = [row(5, small, 7, 8), row(large, 9, large, 9, 9)]
-    batch = tiny_model.logits(pad(rows, 50), vision.collate([small, large, large], tiny_model.config))
+    batch = tiny_model.logits(pad(rows, 50), collate_images([small, large, large], tiny_model.config))
     torch.testing.assert_close(batch[0, :single.shape[1]], single[0], atol=1e-5, rtol=1e-5)
 
 
 def test_image_takes_one_position_and_text_counts_on_after_it(tiny_model):
     a = random_image(1)
     b = random_image(2)
-    _, pos = tiny_model.embed(pad([row(5, a, b, 7, 8), row(5, 6)]), vision.collate([a, b], tiny_model.config))
-    n = vision.num_tokens(a, tiny_model.config)
+    _, pos = tiny_model.embed(pad([row(5, a, b, 7, 8), row(5, 6)]), collate_images([a, b], tiny_model.config))
+    n = num_tokens(a, tiny_model.config)
     assert pos[0].tolist() == [0] + [1] * n + [2] * n + [3, 4]
     assert pos[1, :2].tolist() == [0, 1] and pos[1].max() == 1  # padding takes no position
 
@@ -150,7 +150,7 @@ def test_image_takes_one_position_and_text_counts_on_after_it(tiny_model):
 def test_more_image_tokens_than_block_size_fit():
     model = make_model(block_size=6)
     a = random_image(1, (32, 32))
-    images = vision.collate([a], model.config)
+    images = collate_images([a], model.config)
     idx = pad([row(5, a, 7, 8, 9, 10)])
     assert idx.shape[1] > 6
     model.logits(idx, images)
@@ -160,7 +160,7 @@ def test_more_image_tokens_than_block_size_fit():
 
 @pytest.mark.parametrize('n_ids', [0, 3, 7])
 def test_another_number_of_image_ids_than_image_tokens_raises(tiny_model, n_ids):
-    images = vision.collate([random_image(1)], tiny_model.config)
+    images = collate_images([random_image(1)], tiny_model.config)
     with pytest.raises(ValueError, match=f'{n_ids} <image> ids, but the images make 6 tokens'):
         tiny_model.logits(torch.tensor([[256] * n_ids + [1]]), images)
 
@@ -184,7 +184,7 @@ def greedy_without_cache(model, idx, max_new_tokens, images=None):
 
 def test_cached_generation_equals_uncached(tiny_model):
     a = random_image(1)
-    images = vision.collate([a], tiny_model.config)
+    images = collate_images([a], tiny_model.config)
     idx = pad([row(5, a, 7)])
     cached = tiny_model.generate(idx, 20, temperature=0, images=images)
     assert torch.equal(cached, greedy_without_cache(tiny_model, idx, 20, images))
@@ -196,9 +196,9 @@ def test_batched_generation_equals_single_generation(tiny_model):
     b = random_image(2, (40, 24))
     rows = [row(5, a, 7), row(9, 10, 11, 12, 13), row(b, a, 3, 4, 5, 6)]
     batch = tiny_model.generate(pad(rows), 12, temperature=0, lengths=torch.tensor([len(r) for r in rows]),
-                                images=vision.collate([a, b, a], tiny_model.config))
+                                images=collate_images([a, b, a], tiny_model.config))
     for r, row_images, out in zip(rows, [[a], [], [b, a]], batch):
-        images = vision.collate(row_images, tiny_model.config) if row_images else None
+        images = collate_images(row_images, tiny_model.config) if row_images else None
         single = tiny_model.generate(torch.tensor([r]), 12, temperature=0, images=images)
         assert torch.equal(out[len(r):len(r) + 12], single[0, len(r):])
 

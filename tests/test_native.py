@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import vision
 from dataloader import get_tokenizer, pack, tokenize
 from model import GPT
+from patches import collate_images, num_tokens, preprocess
 from vision import complete_config, interpolate_positions
 
 SIZES = [(80, 40), (40, 80), (40, 30), (8, 8), (90, 21)]
@@ -64,14 +65,14 @@ def random_vision(encoder, **changes):
     ('timm/test_vit2', {'vision_cls': True})])
 def test_each_image_of_a_batch_gives_what_it_gives_alone(encoder, changes):
     model, config = random_vision(encoder, **changes)
-    images = [vision.preprocess(noise(size, i), config) for i, size in enumerate(SIZES)]
+    images = [preprocess(noise(size, i), config) for i, size in enumerate(SIZES)]
     assert len({len(grid) for _, grid in images}) > 1
     with torch.no_grad():
-        emb, valid = model(*vision.collate(images, config))
-        static, static_valid = model(*vision.collate(images, config, n_images=9))
+        emb, valid = model(*collate_images(images, config))
+        static, static_valid = model(*collate_images(images, config, n_images=9))
         for i, image in enumerate(images):
-            alone, alone_valid = model(*vision.collate([image], config))
-            assert alone_valid.all() and alone.shape[1] == vision.num_tokens(image, config) == valid[i].sum()
+            alone, alone_valid = model(*collate_images([image], config))
+            assert alone_valid.all() and alone.shape[1] == num_tokens(image, config) == valid[i].sum()
             torch.testing.assert_close(emb[i][valid[i]], alone[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(static[i][static_valid[i]], alone[0], atol=1e-4, rtol=1e-4)
         assert static.isfinite().all() and not static_valid[len(images):].any()
@@ -82,8 +83,8 @@ def test_each_image_of_a_batch_gives_what_it_gives_alone(encoder, changes):
 def test_naflexvit_gives_timms_own_features(layer):
     model, config = random_vision('timm/naflexvit_base_patch16_siglip', vision_layer=layer)
     assert config.image_fit == 'native' and config.image_size == 0 and config.patch_width == 16
-    images = [vision.preprocess(noise(size, i), config) for i, size in enumerate([(300, 64), (128, 128), (16, 200)])]
-    patches, grid = vision.collate(images, config)
+    images = [preprocess(noise(size, i), config) for i, size in enumerate([(300, 64), (128, 128), (16, 200)])]
+    patches, grid = collate_images(images, config)
     pixels = (patches.unflatten(-1, (-1, 3)) / 255 - torch.tensor(config.image_mean)) / torch.tensor(config.image_std)
     valid = grid[..., 0] >= 0
     batch = {'patches': pixels.flatten(2), 'patch_coord': grid.clamp(min=0), 'patch_valid': valid}
@@ -106,10 +107,10 @@ def test_at_the_size_of_its_table_an_interpolated_tower_gives_its_own_features(e
     native = vision.PretrainedEncoder(config, load=False).eval()
     native.tower = squares.encoder.tower
     image = noise((square_config.image_size, square_config.image_size))
-    batch = vision.collate([vision.preprocess(image, config)], config)
+    batch = collate_images([preprocess(image, config)], config)
     with torch.no_grad():
         ours = native(*batch)
-        theirs = squares.encoder(*vision.collate([vision.preprocess(image, square_config)], square_config))
+        theirs = squares.encoder(*collate_images([preprocess(image, square_config)], square_config))
     assert ours.std() > 0.01
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
@@ -129,13 +130,13 @@ def test_positions_are_interpolated_as_by_torch(mode, rows, cols):
 def test_aspect_is_kept_within_a_patch():
     config = complete_config(tiny_config(vision_encoder='native-clip/', **NATIVE))
     for width, height in [(50, 40), (300, 100), (9, 200), (3000, 400), (1, 1)]:
-        _, grid = vision.preprocess(noise((width, height)), config)
+        _, grid = preprocess(noise((width, height)), config)
         rows, cols = (grid.amax(0) + 1).tolist()
         assert len(grid) == rows * cols <= 64
         scale = min(1, cols * 8 / width, rows * 8 / height)
         assert abs(width * scale - cols * 8) < 8.5 and abs(height * scale - rows * 8) < 8.5
     with pytest.raises(ValueError, match='too elongated'):
-        vision.preprocess(noise((4000, 2)), config)
+        preprocess(noise((4000, 2)), config)
 
 
 @pytest.mark.parametrize('encoder, changes, message', [
@@ -152,7 +153,7 @@ def test_native_images_are_refused(encoder, changes, message):
 def test_image_size_sets_the_side_of_the_squares(encoder, size):
     model, config = random_vision(encoder, image_fit='pad', image_size=size)
     assert config.image_size == size == complete_config(config).image_size
-    batch = vision.collate([vision.preprocess(noise((50, 40)), config)], config)
+    batch = collate_images([preprocess(noise((50, 40)), config)], config)
     emb, valid = model(*batch)
     assert valid.all() and emb.shape[1] == (size // config.patch_width) ** 2
 
@@ -172,24 +173,24 @@ def test_image_size_of_published_weights_interpolates_their_table(tmp_path):
 
 def test_small_vit_reads_squares_if_it_has_an_image_size():
     config = complete_config(tiny_config(image_size=32, max_image_tokens=16))
-    patches, grid = vision.preprocess(Image.new('RGB', (64, 16), 'black'), config)
+    patches, grid = preprocess(Image.new('RGB', (64, 16), 'black'), config)
     assert grid.amax(0).tolist() == [3, 3] and len(grid) == 16
     is_gray = (patches == 127).all(1).view(4, 4)
     assert is_gray[0].all() and is_gray[3].all() and not (is_gray[1].any() or is_gray[2].any())
-    assert len(vision.preprocess(Image.new('RGB', (64, 16)), tiny_config())[1]) == 16
+    assert len(preprocess(Image.new('RGB', (64, 16)), tiny_config())[1]) == 16
 
 
 @pytest.mark.parametrize('changes', [{}, {'connector': 'pool', 'pool_size': 2}, {'vision_cls': True}])
 def test_static_batches_have_one_shape(changes):
     config = complete_config(tiny_config(vision_encoder='native-clip/', **{'connector': 'mlp', **NATIVE, **changes}))
-    shapes = {vision.collate([vision.preprocess(noise(size), config)], config, n_images=3)[0].shape
+    shapes = {collate_images([preprocess(noise(size), config)], config, n_images=3)[0].shape
               for size in ((8, 8), (64, 64), (500, 500))}
     assert len(shapes) == 1
 
 
 def test_naflexvit_can_also_read_squares():
     model, config = random_vision('timm/naflexvit_base_patch16_siglip', image_fit='squash', image_size=64)
-    emb, valid = model(*vision.collate([vision.preprocess(noise((50, 40)), config)], config))
+    emb, valid = model(*collate_images([preprocess(noise((50, 40)), config)], config))
     assert valid.all() and emb.shape[1] == 16
 
 
@@ -236,10 +237,10 @@ def test_padding_takes_no_part_in_the_means_of_a_tiny_model():
     """A GPT with an interpolated tower: the same logits in a batch with a larger image as alone."""
     model = make_model(vision_encoder='vit', max_image_tokens=64)
     config = model.config
-    small, large = (vision.preprocess(noise(size), config) for size in ((20, 12), (64, 64)))
-    idx = lambda image: torch.tensor([[config.image_token] * vision.num_tokens(image, config) + [5, 6]])
-    alone = model.logits(idx(small), vision.collate([small], config))
+    small, large = (preprocess(noise(size), config) for size in ((20, 12), (64, 64)))
+    idx = lambda image: torch.tensor([[config.image_token] * num_tokens(image, config) + [5, 6]])
+    alone = model.logits(idx(small), collate_images([small], config))
     width = idx(large).shape[1]
     both = torch.cat([F.pad(idx(small), (0, width - idx(small).shape[1]), value=-1), idx(large)])
-    together = model.logits(both, vision.collate([small, large], config))
+    together = model.logits(both, collate_images([small, large], config))
     torch.testing.assert_close(together[:1, :alone.shape[1]], alone, atol=1e-4, rtol=1e-4)

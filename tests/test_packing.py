@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import LLAMA, inside, make_model, read_log, refused, tiny_config, train
+from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dataloader
 from dataloader import collate, get_tokenizer, pack, tokenize
 from model import attend_in_blocks, document_block_mask, document_mask
+from patches import preprocess
 from train import estimate_flops
-from vision import Image, preprocess
 
 BYTES = get_tokenizer('bytes')
 

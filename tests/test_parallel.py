@@ -11,8 +11,8 @@ import torch
 from conftest import LLAMA, ROOT, batch_of_ids, inside, launch, make_model, read_log, refused, train
 from PIL import Image
 
+from patches import collate_images, preprocess
 from train import recompute_activations, setup_distributed
-from vision import collate, preprocess
 
 # several processes, and micro-batches for each of them
 RANKS = ['--gradient_accumulation_steps=4', '--eval_interval=10', '--max_iters=20']
@@ -104,7 +104,7 @@ train.shard(model, config, env)
 optimizers = train.configure_optimizers(model, config)
 for _ in range(2):  # after an evaluation, too
     idx = torch.arange(60).view(2, 30)
-    batch = conftest.batch_of_ids(idx, idx, vision.collate([], model.config))
+    batch = conftest.batch_of_ids(idx, idx, collate_images([], model.config))
     with train.whole_weights(model):
         assert sum(p.numel() for p in model.parameters()) == n_all
         assert not any(isinstance(p, train.DTensor) for p in model.parameters())
@@ -156,7 +156,7 @@ def test_recomputed_activations_give_the_same_gradients_and_take_less_memory(swi
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     idx = torch.tensor([[5] + [config.image_token] * 16 + list(range(40))])
     targets = torch.where(idx == config.image_token, -1, idx)
-    batch = batch_of_ids(idx, targets, collate([preprocess(picture, config)], config))
+    batch = batch_of_ids(idx, targets, collate_images([preprocess(picture, config)], config))
     loss, grads, kept = gradients(model)
     recompute_activations(model)
     again, grads_again, kept_again = gradients(model)

@@ -14,6 +14,7 @@ import sample
 import vision
 from dataloader import get_tokenizer, open_rows
 from model import GPT, GPTConfig, load_model, read_weights, to_hugging_face
+from patches import num_tokens, preprocess
 from train import configure_optimizers
 
 transformers = pytest.importorskip('transformers')
@@ -373,7 +374,7 @@ def test_render_pretrain_qwen3_has_the_shape_that_it_claims():
     assert knobs['vision_encoder'].startswith('timm/vit_pe_core_large_patch14_336')
     assert (config.image_size, config.patch_width) == (336, 14) == (knobs['image_width'], 14)
     image = vision.Image.new('RGB', (knobs['image_width'], knobs['image_height']))
-    assert vision.num_tokens(vision.preprocess(image, config), config) == 144
+    assert num_tokens(preprocess(image, config), config) == 144
     assert (knobs['learning_rate'], knobs['vision_lr'], knobs['connector_lr']) == (5e-5, 6e-6, 5e-4)
 
 

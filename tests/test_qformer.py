@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import train as train_script
 import vision
-from configurator import configure
 from blip2 import QFormerPretraining, sample_hard_negatives
+from configurator import configure
 from model import QFORMER_TEXT, GPTConfig, load_weights, read_blip2, read_weights, vision_of
+from patches import collate_images, num_tokens, preprocess
 from sample import image_caption_pairs, mean_cosine, recall, similarity
 from vision import QFormer
 
@@ -140,11 +141,11 @@ def pretraining_model(objective='itc+itm+itg', **changes):
 
 
 def random_images(n, seed=2):
-    """n random images of different sizes, as vision.collate makes them a batch."""
+    """n random images of different sizes, as patches.collate_images makes them a batch."""
     rng, config = torch.Generator().manual_seed(seed), tiny_config()
     sizes = [(8 * int(torch.randint(1, 4, (1,), generator=rng)), 8) for _ in range(n)]
     pixels = [torch.randint(0, 256, (h, w, 3), generator=rng, dtype=torch.uint8).numpy() for w, h in sizes]
-    return vision.collate([vision.preprocess(Image.fromarray(p), config) for p in pixels], config)
+    return collate_images([preprocess(Image.fromarray(p), config) for p in pixels], config)
 
 
 def pair_batch(ids, images):
@@ -466,11 +467,11 @@ def test_an_image_becomes_as_many_tokens_as_there_are_queries():
     config = tiny_config(**QFORMER)
     model = make_model(**QFORMER)
     small = random_images(1)
-    large = vision.collate([vision.preprocess(Image.new('RGB', (32, 32), 'red'), config)], config)
+    large = collate_images([preprocess(Image.new('RGB', (32, 32), 'red'), config)], config)
     for images in (small, large):
         emb, valid = model.vision(*images)
         assert emb.shape == (1, 5, 32) and valid.all()
-    assert vision.num_tokens((large[0][0], large[1][0]), config) == 5
+    assert num_tokens((large[0][0], large[1][0]), config) == 5
     idx = F.pad(torch.full((1, 5), 256), (2, 3), value=7)
     a, b = (model.logits(idx, images)[0] for images in (small, large))
     assert torch.equal(a[:2], b[:2]) and ((a[2:] - b[2:]).abs().amax(-1) > 1e-4).all()
@@ -479,7 +480,7 @@ def test_an_image_becomes_as_many_tokens_as_there_are_queries():
 def test_a_batch_of_text_keeps_the_qformer_in_the_graph():
     """Padding makes no token, but each parameter gets a gradient: other ranks wait for it."""
     model = make_model(**QFORMER)
-    no_images = vision.collate([], model.config)
+    no_images = collate_images([], model.config)
     assert not model.vision(*no_images)[1].any()
     idx = torch.randint(0, 250, (2, 9))
     assert torch.equal(model.logits(idx, no_images), model.logits(idx))

@@ -22,9 +22,20 @@ from PIL import Image, ImageOps
 
 import dataloader
 import render
-import vision
-from dataloader import (IMAGE, Examples, FileRows, hash64, image_error, is_held_out, load_image, open_rows,
-                        read_bytes, shuffled_index, to_example)
+from dataloader import (
+    IMAGE,
+    Examples,
+    FileRows,
+    hash64,
+    image_error,
+    is_held_out,
+    load_image,
+    open_rows,
+    read_bytes,
+    shuffled_index,
+    to_example,
+)
+from patches import crop_line, preprocess
 from render import parse_tasks
 from sample import held_out_examples
 
@@ -142,7 +153,7 @@ def test_a_folder_with_train_and_val_and_images_next_to_them(tmp_path):
     rows = open_rows(str(tmp_path), 'train')
     assert len(rows) == 2 and rows[1] == {'text': 'plain'}
     assert Examples(rows, KNOBS, 0).rows[0]['images'] == [str(tmp_path / '1.png')]
-    assert vision.preprocess(load_image(rows[0]['images'][0]), tiny_config())[1].shape == (2, 2)
+    assert preprocess(load_image(rows[0]['images'][0]), tiny_config())[1].shape == (2, 2)
     (tmp_path / 'val.jsonl').unlink()
     with pytest.raises(OSError, match='val.jsonl'):  # train.jsonl is not split once more: it may be trained on already
         open_rows(str(tmp_path), 'val')
@@ -648,19 +659,19 @@ def test_archives_are_read_by_threads_and_processes(tmp_path):
 def test_a_line_of_text_becomes_one_row_of_patches_whatever_its_size_margins_and_colors():
     config = tiny_config(patch_height=16, line_height=16, max_image_tokens=64)
     line = render.draw('some (line)', 600, 30, trim=True)
-    patches, grid = vision.preprocess(line, config)
+    patches, grid = preprocess(line, config)
     assert grid[:, 0].max() == 0 and len(grid) > 5
     framed = Image.new('RGB', (line.width + 90, line.height + 40), 'white')
     framed.paste(line, (70, 10))
-    assert torch.equal(vision.preprocess(framed, config)[0], patches)
-    assert torch.equal(vision.preprocess(ImageOps.invert(line), config)[0], patches)
-    _, larger = vision.preprocess(line.resize((line.width * 2, line.height * 2)), config)
+    assert torch.equal(preprocess(framed, config)[0], patches)
+    assert torch.equal(preprocess(ImageOps.invert(line), config)[0], patches)
+    _, larger = preprocess(line.resize((line.width * 2, line.height * 2)), config)
     assert abs(len(larger) - len(grid)) <= 1
-    assert len(vision.preprocess(Image.new('RGB', (64, 16), 'white'), config)[1]) == 8  # nothing to frame
+    assert len(preprocess(Image.new('RGB', (64, 16), 'white'), config)[1]) == 8  # nothing to frame
 
 
 def test_letters_of_one_size_come_out_in_one_size_whatever_the_line_holds():
-    heights = {text: vision.crop_line(render.draw(text, 600, 60, min_size=40, max_size=40)).height
+    heights = {text: crop_line(render.draw(text, 600, 60, min_size=40, max_size=40)).height
                for text in ('the quick brown fox', 'It has no tail at all', 'a gypsy jumps, (hyphen)')}
     assert max(heights.values()) - min(heights.values()) <= 4, heights
 

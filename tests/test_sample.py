@@ -17,10 +17,19 @@ from test_model import pad, random_image, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
-import vision
 from dataloader import get_tokenizer
-from sample import (DEFAULTS, ONE_PROCESS, Evaluation, map_across_ranks, mark_low_confidence, prompt_example, score,
-                    similarity, warn_of_collapse)
+from patches import collate_images
+from sample import (
+    DEFAULTS,
+    ONE_PROCESS,
+    Evaluation,
+    map_across_ranks,
+    mark_low_confidence,
+    prompt_example,
+    score,
+    similarity,
+    warn_of_collapse,
+)
 
 
 def ask(run_dir, *words, run=inside, **kwargs):
@@ -177,7 +186,7 @@ def test_logprobs_are_those_of_the_logits(tiny_model):
     image = random_image(1)
     idx = pad([row(5, image, 7), row(9, 3, 2)])
     lengths = (idx >= 0).sum(1)
-    images = vision.collate([image], tiny_model.config)
+    images = collate_images([image], tiny_model.config)
     out, logprobs = tiny_model.generate(idx, 5, 0, images=images, lengths=lengths, return_logprobs=True)
     assert torch.equal(out, tiny_model.generate(idx, 5, 0, images=images, lengths=lengths))
     for b, n in enumerate(lengths):
