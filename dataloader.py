@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import render
 import vision
-from patches import cell_size, collate_images, is_native, num_tokens, preprocess
+from patches import cell_size, collate_images, is_native, num_tokens, preprocess, separate_tiles
 from render import IMAGE, TASKS, parse_tasks
 
 USER, ASSISTANT, END = '<|user|>', '<|assistant|>', '<|endoftext|>'
@@ -803,6 +803,8 @@ def conversation(example, tokenizer, prompt_only):
     for message in messages:
         content = NOT_TEXT.sub('\ufffd', message['content'].strip())
         if example.get('images'):
+            if tokenizer.content_is_list:  # then the template decides whether a new line follows an image
+                content = content.replace(IMAGE + '\n', IMAGE)
             content = content.replace(IMAGE, MARK + IMAGE + MARK)
         if tokenizer.calculator and message['role'] == 'assistant':
             content = CALCULATION.sub(MARK.join(['', CALL, r'\1', RESULT, r'\2', END_CALL, '']), content)
@@ -857,9 +859,11 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     sources = example.get('images') or []
     if sources and not config.vision_encoder:
         raise ValueError('the example has an image, but the model has no vision_encoder')
+    pieces = segments(example, tokenizer, loss_on, prompt_only)
+    if config.max_image_side:
+        sources, pieces = frame_images(sources, pieces, tokenizer, config)
     images = [cache[source] if cache and isinstance(source, str) else preprocess(load_image(source), config)
               for source in sources]
-    pieces = segments(example, tokenizer, loss_on, prompt_only)
     if config.image_marks:  # not in the loss
         begin, end = ((mark, True, False) for mark in tokenizer.image_marks)
         pieces = [part for piece in pieces for part in ([begin, piece, end] if piece[:2] == (IMAGE, True) else [piece])]
@@ -884,6 +888,35 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
         return {'idx': ids, 'targets': [-1] * len(ids), 'images': images}
     targets = [token if is_target else -1 for token, is_target in zip(ids[1:], in_loss[1:])]
     return {'idx': ids[:-1], 'targets': targets, 'images': images}
+
+def frame_images(sources, pieces, tokenizer, config):
+    r"""SmolVLM's tiles as images of their own, and the pieces of `segments` with its marks around each of them:
+
+        <fake_token_around_image><row_1_col_1><image><fake_token_around_image><row_1_col_2><image>\n ... \n
+        <fake_token_around_image><global-img><image><fake_token_around_image>
+    """
+    mark = lambda token: (token, True, False)
+    fake = '<fake_token_around_image>'
+    if '<global-img>' not in tokenizer.special:
+        raise ValueError(f'the tokenizer {tokenizer.name} has none of the tokens that mark tiles: leave max_image_side out')
+    images, frames = [], []
+    for source in sources:
+        tiles, rows, cols = separate_tiles(load_image(source), config)
+        images += tiles
+        frame = []
+        for row in range(rows):
+            for col in range(cols):
+                frame += [mark(fake), mark(f'<row_{row + 1}_col_{col + 1}>'), mark(IMAGE)]
+            frame.append(('\n', False, False))
+        if rows:
+            frame.append(('\n', False, False))
+        frames.append([*frame, mark(fake), mark('<global-img>'), mark(IMAGE), mark(fake)])
+    n_marks = sum(piece[:2] == (IMAGE, True) for piece in pieces)
+    if n_marks != len(frames):
+        return images, pieces  # `tokenize` says so
+    frames = iter(frames)
+    framed = [next(frames) if piece[:2] == (IMAGE, True) else [piece] for piece in pieces]
+    return images, list(itertools.chain(*framed))
 
 @dataclasses.dataclass(eq=False)
 class TokenizedExamples(torch.utils.data.Dataset):
@@ -1012,7 +1045,8 @@ class FeatureCache:
     def find(cls, root, config, fingerprint):
         """The finished cache that fits the model, or None. Without published weights features change with every step."""
         cache = cls(root, config, fingerprint)
-        fingerprint = fingerprint and not config.image_newlines  # where rows end is not stored
+        # where rows end is not stored, nor are tiles
+        fingerprint = fingerprint and not config.image_newlines and not config.max_image_side
         return cache if fingerprint and cache.finished.exists() else None
 
     def file_for(self, path):

@@ -728,10 +728,10 @@ def published_fingerprint(model):
     return model.vision.encoder.fingerprint
 
 # what vision_from takes over: the fields of GPTConfig that describe an encoder and its images
-ENCODER_FIELDS = ('vision_encoder', 'vision_n_layer', 'vision_n_head', 'vision_n_embd', 'vision_layer',
+ENCODER_FIELDS = ('vision_encoder', 'vision_n_layer', 'vision_n_head', 'vision_n_embd', 'vision_n_inner', 'vision_layer',
                   'vision_cls', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'image_fit',
-                  'image_size', 'image_mean', 'image_std', 'max_tiles', 'tile_size', 'deepencoder_mode', 'sam_tower',
-                  'clip_tower')
+                  'image_size', 'image_mean', 'image_std', 'tile_marks', 'max_image_side', 'max_tiles', 'tile_size',
+                  'deepencoder_mode', 'sam_tower', 'clip_tower')
 # those of a Q-Former, and their names in BLIP-2's config.json
 QFORMER_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
                   'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
@@ -749,7 +749,7 @@ def vision_of(checkpoint, source, connector):
     names = ENCODER_FIELDS if args['vision_encoder'] else ()
     if any(name.startswith('vision.qformer.') for name in state):
         names += tuple(QFORMER_FIELDS)
-    elif args['vision_encoder'] not in ('vit', 'deepencoder', 'deepencoder_tiny'):
+    elif not state:
         raise ValueError(f'vision_from={source} has no small ViT or deepencoder to take over; a Q-Former needs '
                          '--connector=qformer')
     return {name: args[name] for name in names}, state
@@ -805,7 +805,7 @@ def published_folder(source):
     if os.path.isdir(source):
         return source
     from huggingface_hub import snapshot_download
-    patterns = ['config.json', 'model*.safetensors*', 'token*.json', 'chat_template.jinja']
+    patterns = ['*config.json', 'model*.safetensors*', 'token*.json', 'chat_template.jinja']
     name = f'openai-community/{source}' if source in GPT2 else source
     try:
         return snapshot_download(name, allow_patterns=patterns)
@@ -820,7 +820,7 @@ def read_published(source):
     config = {key: value for key, value in config.items() if value is not None}  # null is the default
     tensors = {name: p for name, p in tensors.items() if not name.endswith(CONSTANTS)}
     readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen2': read_llama, 'qwen3': read_llama, 'smollm3': read_llama,
-               'blip-2': read_blip2}
+               'blip-2': read_blip2, 'idefics3': read_smolvlm, 'smolvlm': read_smolvlm, 'llava': read_llava}
     model_type = config.get('model_type')
     path = f'{source}/config.json'
     if model_type not in readers:
@@ -841,6 +841,8 @@ def read_tensors(source):
     path = folder / 'config.json'
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
+        if (folder / 'preprocessor_config.json').exists():  # of models with vision: how images are resized
+            config['preprocessor'] = json.loads((folder / 'preprocessor_config.json').read_text(encoding='utf-8'))
         shards = ['model.safetensors']
         if index.exists():
             shards = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
@@ -939,6 +941,110 @@ def read_blip2(config, tensors):
         if name.startswith(('qformer.', 'query_tokens', 'embeddings.', 'vision_model.post_layernorm.')):
             name = rename(name, BLIP2)
             state[f'vision.qformer.{name}'] = p[0] if name == 'queries' else p
+    return args, state
+
+# vision-language models. Their text model is one of the above, their encoder vision.py's Tower
+
+TOWER_FIELDS = {'vision_n_layer': 'num_hidden_layers', 'vision_n_head': 'num_attention_heads', 'vision_n_embd': 'hidden_size',
+                'vision_n_inner': 'intermediate_size', 'image_size': 'image_size', 'patch_height': 'patch_size',
+                'patch_width': 'patch_size'}
+# parts of names, SigLIP's and CLIP's -> ours; their q_proj, k_proj and v_proj are our c_attn
+TOWER = {'embeddings.patch_embedding': 'patch_embed', 'embeddings.position_embedding': 'wpe',
+         'embeddings.class_embedding': 'cls', 'pre_layrnorm': 'ln_pre', 'post_layernorm': 'ln_post',
+         'encoder.layers': 'h', 'layer_norm1': 'ln_1', 'layer_norm2': 'ln_2', 'self_attn.out_proj': 'attn_proj',
+         'mlp.fc1': 'c_fc', 'mlp.fc2': 'mlp_proj'}
+
+# what their files leave out
+LLAMA_DEFAULTS = {'hidden_size': 4096, 'intermediate_size': 11008, 'num_hidden_layers': 32, 'num_attention_heads': 32,
+                  'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6, 'vocab_size': 32000}
+SIGLIP_DEFAULTS = {'hidden_size': 1152, 'intermediate_size': 3072, 'num_hidden_layers': 12, 'num_attention_heads': 16,
+                   'image_size': 224, 'patch_size': 32}
+
+def read_smolvlm(config, tensors):
+    """A SmolVLM's, SmolVLM2's or Idefics3's config.json and tensors as model_args and state dict."""
+    images = config.get('preprocessor', {})
+    check_supported(images, {'do_resize': True, 'resample': 1, 'do_normalize': True})
+    size = config['vision_config']['image_size']
+    check_supported(images.get('max_image_size', {}), {'longest_edge': size})
+    text, state = read_text_of(config, tensors)
+    args, encoder = read_tower(config['vision_config'], tensors, 'siglip', -1)
+    args.update(connector='shuffle', pool_size=config['scale_factor'], image_fit='squash', image_token=config['image_token_id'],
+                tile_marks=images.get('do_image_splitting', True),
+                max_image_side=images.get('size', {}).get('longest_edge', 4 * size))
+    projection = tensors['model.connector.modality_projection.proj.weight']
+    return {**text, **args}, {**state, **encoder, 'vision.connector.net.0.weight': projection}
+
+def read_llava(config, tensors):
+    """A LLaVA's config.json and tensors as model_args and state dict: CLIP or SigLIP, an MLP, Llama or Qwen2."""
+    images = config.get('preprocessor', {})
+    kind = config['vision_config']['model_type'].removesuffix('_vision_model')
+    if kind not in ('clip', 'siglip'):
+        raise ValueError(f'its encoder is a {kind}, not a clip or siglip')
+    # CLIP's class token is dropped, SigLIP has none
+    check_supported(config, {'projector_hidden_act': 'gelu', 'multimodal_projector_bias': True,
+                             'vision_feature_select_strategy': 'default' if kind == 'clip' else 'full'})
+    layer = config.get('vision_feature_layer', -2)
+    if layer not in range(-config['vision_config']['num_hidden_layers'], -1):
+        raise ValueError(f'its vision_feature_layer is {layer!r}, not one before the last, such as -2')
+    text, state = read_text_of(config, tensors)
+    args, encoder = read_tower(config['vision_config'], tensors, kind, layer)
+    is_cropped = images.get('do_center_crop', kind == 'clip')
+    args.update(connector='mlp', image_fit='crop' if is_cropped else 'squash',
+                image_token=config.get('image_token_index', config.get('image_token_id')))
+    for i, name in enumerate(('linear_1', 'linear_2')):
+        for part in ('weight', 'bias'):
+            tensor = next(p for key, p in tensors.items() if key.endswith(f'multi_modal_projector.{name}.{part}'))
+            state[f'vision.connector.net.{2 * i}.{part}'] = tensor
+    return {**text, **args}, {**state, **encoder}
+
+def read_text_of(config, tensors):
+    """The text model in a vision-language model as model_args and state dict."""
+    text = {**LLAMA_DEFAULTS, **config['text_config']}
+    for key in ('tie_word_embeddings', 'vocab_size'):
+        if key in config:
+            text.setdefault(key, config[key])
+    if text['model_type'] not in ('llama', 'qwen2'):
+        raise ValueError(f'its text model is a {text["model_type"]}, not a llama or qwen2')
+    prefixes = ('model.text_model.', 'model.language_model.', 'language_model.model.')
+    state = {}
+    for name, p in tensors.items():
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                state['model.' + name.removeprefix(prefix)] = p
+        if name in ('lm_head.weight', 'language_model.lm_head.weight'):
+            state['lm_head.weight'] = p
+    text['tie_word_embeddings'] = 'lm_head.weight' not in state or config.get('tie_word_embeddings', False)
+    return read_llama({key: value for key, value in text.items() if value is not None}, state)
+
+def read_tower(config, tensors, kind, layer):
+    """The encoder in a vision-language model as model_args and state dict, without the layers after `layer`."""
+    activation = {'siglip': 'gelu_pytorch_tanh', 'clip': 'quick_gelu'}[kind]
+    defaults = SIGLIP_DEFAULTS if kind == 'siglip' else {}
+    config = {'hidden_act': activation, 'layer_norm_eps': 1e-6 if kind == 'siglip' else 1e-5, **defaults, **config}
+    check_supported(config, {'hidden_act': activation, 'layer_norm_eps': 1e-6 if kind == 'siglip' else 1e-5})
+    args = {ours: config[theirs] for ours, theirs in TOWER_FIELDS.items()}
+    args.update(vision_encoder=kind, vision_layer=layer, image_positions='each')
+    if kind == 'clip':
+        args.update(image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711))
+    n_layer = range(args['vision_n_layer'])[layer] + 1
+    state = {}
+    for name, p in tensors.items():
+        _, is_vision, rest = name.replace('vision_tower.vision_model.', 'vision_model.').replace(
+            'vision_tower.', 'vision_model.').partition('vision_model.')
+        if not is_vision or rest.startswith('head.'):
+            continue
+        rest = rename(rest, TOWER)
+        if rest.startswith('h.') and int(rest.split('.')[1]) >= n_layer:
+            continue
+        if rest.startswith('ln_post') and (kind == 'clip' or layer != -1):
+            continue
+        if rest == 'patch_embed.weight':
+            p = p.permute(0, 2, 3, 1).flatten(1)  # (C, 3, p, p), as of a convolution
+        state[f'vision.encoder.{rest}'] = p
+    for i in range(n_layer):
+        for part in ('weight', 'bias'):
+            names = [f'vision.encoder.h.{i}.self_attn.{x}_proj.{part}' for x in 'qkv']
+            state[f'vision.encoder.h.{i}.c_attn.{part}'] = torch.cat([state.pop(name) for name in names])
     return args, state
 
 def to_hugging_face(model):

@@ -1,8 +1,8 @@
 """
 Images -> patches, what an encoder (vision.py) reads: their sizes, squares or native, tiles, and the layout of their tokens.
 
-    preprocess  a PIL image -> its patches as bytes, and the row and column of each
-    num_tokens  how many image tokens, and so <image> ids, that makes
+    preprocess      a PIL image -> its patches as bytes, and the row and column of each
+    num_tokens      how many image tokens, and so <image> ids, that makes
     collate_images  the images of a batch, padded to one length
 
 The ViT reads an image at its native resolution: the image keeps its size and aspect and becomes as many patches as it
@@ -33,10 +33,10 @@ def is_deepencoder(config):
     return config.vision_encoder in ('deepencoder', 'deepencoder_tiny')
 
 def cell_size(config):
-    """Side, in patches, of the square that becomes one image token: 4 for deepencoder, pool_size for `pool`, else 1."""
+    """Side, in patches, of the square that becomes an image token: 4 for deepencoder, pool_size for pool, shuffle; else 1."""
     if is_deepencoder(config):
         return 4
-    return config.pool_size if config.connector == 'pool' else 1
+    return config.pool_size if config.connector in ('pool', 'shuffle') else 1
 
 # -----------------------------------------------------------------------------
 # sizes, patches, tiles
@@ -116,6 +116,37 @@ def tile_shape(width, height, config):
             best, best_difference = (cols, rows), difference
     return best
 
+def separate_tiles(image, config):
+    """SmolVLM's tiles (config.tile_marks), each an image of its own: the tiles row by row, the whole image last; and how many
+    rows and columns they have, 0 if there is the whole image only. With both sides enlarged to multiples of a tile's.
+    """
+    size = config.image_size
+    resize = lambda image, width, height: image.resize((width, height), Image.Resampling.LANCZOS)
+    longest = config.max_image_side
+    width, height = image.size
+    # the longest side as long as allowed, the other even, as upstream rounds it
+    if width >= height:
+        width, height = longest, even(int(longest / (width / height)))
+    else:
+        width, height = even(int(longest * (width / height))), longest
+    image = resize(image, width, height)
+    if not config.tile_marks:
+        return [resize(image, size, size)], 0, 0
+    if width >= height:
+        cols = math.ceil(width / size)
+        rows = math.ceil(int(cols * size / (width / height)) / size)
+    else:
+        rows = math.ceil(height / size)
+        cols = math.ceil(int(rows * size * (width / height)) / size)
+    image = resize(image, cols * size, rows * size)
+    if rows == cols == 1:
+        return [image], 0, 0
+    tiles = [image.crop((col * size, row * size, (col + 1) * size, (row + 1) * size)) for row, col in np.ndindex(rows, cols)]
+    return [*tiles, resize(image, size, size)], rows, cols
+
+def even(n):
+    return max(1, n + n % 2)
+
 def whole_patches(size, config):
     """The part of a square's side that patches cover: 384 pixels hold 27 patches of 14."""
     return size // config.patch_width * config.patch_width
@@ -145,7 +176,10 @@ def resize_to_square(image, config):
     elif config.image_fit == 'squash':
         image = image.resize(size)
     elif config.image_fit == 'crop':
-        image = ImageOps.fit(image, size)
+        scale = config.image_size / min(image.size)
+        image = image.resize((int(image.width * scale), int(image.height * scale)))
+        left, top = ((side - config.image_size) // 2 for side in image.size)
+        image = image.crop((left, top, left + config.image_size, top + config.image_size))
     else:
         raise ValueError(f'image_fit must be native, pad, squash or crop, got {config.image_fit!r}')
     whole = whole_patches(config.image_size, config)

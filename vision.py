@@ -3,6 +3,7 @@ Patches of images -> image tokens: everything between them and the embeddings th
 
     VisionConfig        every knob of this file; model.py's GPTConfig extends it
     ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
+    Tower               patches -> features: the SigLIP or CLIP inside SmolVLM, LLaVA, nanoVLM  (an encoder)
     PretrainedEncoder   patches -> features: CLIP, SigLIP, DINOv2, ... with published weights   (an encoder)
     DeepEncoder         patches -> features: DeepSeek-OCR's, SAM and CLIP, few tokens for pages (an encoder)
     pool                features -> their mean over each cell of k x k patches
@@ -56,9 +57,10 @@ class VisionConfig:
     image_positions: str = ''  # one: all tokens of an image share a position; each has its own; '' takes each for
     #                           deepencoder, else one
     vision_encoder: str = ''  # '' for a text-only GPT, vit (from scratch), deepencoder, deepencoder_tiny (from scratch), or a
-    #                           pretrained encoder, like ViT-L-14-quickgelu/openai or timm/vit_small_patch14_dinov2.lvd142m
-    connector: str = 'mlp'    # linear, mlp, pool or qformer
-    pool_size: int = 2        # connector pool: k x k patches become one token
+    #                           pretrained encoder, like ViT-L-14-quickgelu/openai or timm/vit_small_patch14_dinov2.lvd142m;
+    #                           siglip and clip come with published vision-language models
+    connector: str = 'mlp'    # linear, mlp, pool, shuffle or qformer
+    pool_size: int = 2        # connector pool: k x k patches become one token, their mean; shuffle: side by side
     n_queries: int = 32       # connector qformer: any image becomes as many tokens
     qformer_n_layer: int = 12
     qformer_n_head: int = 12
@@ -71,6 +73,7 @@ class VisionConfig:
     vision_n_layer: int = 6
     vision_n_head: int = 6
     vision_n_embd: int = 384
+    vision_n_inner: int = 0   # width of the MLP; 0: 4 * vision_n_embd
     vision_layer: int = -2    # of a pretrained encoder: the layer of the features; -1 is the last
     vision_cls: bool = False  # of a pretrained encoder: keep its class token as the first image token
     image_fit: str = ''       # of a pretrained encoder: native, each image keeps its size and aspect, or how it becomes
@@ -78,6 +81,8 @@ class VisionConfig:
     image_size: int = 0       # side of the squares, in pixels; 0: that of the pretrained encoder, and no squares for vit
     max_tiles: int = 0        # of squares: up to so many tiles of a large image come before the whole of it
     tile_size: int = 0        # side of a tile, in pixels; 0: image_size
+    tile_marks: bool = False  # SmolVLM's tiles: each is an image of its own, with marks before it, like <row_1_col_2>
+    max_image_side: int = 0   # of SmolVLM's images: their longest side is scaled to it first, in pixels
     image_newlines: bool = False  # a trained vector after each row of an image's tokens, and one at its end
     deepencoder_mode: str = ''  # tiny, small, base, large or gundam: size and tiles of its images
     sam_tower: str = 'timm/samvit_base_patch16.sa1b'  # deepencoder's SAM and CLIP, with their weights
@@ -111,20 +116,21 @@ def padding_mask(valid):
 class Block(nn.Module):
     """A pre-norm Transformer block with bidirectional attention."""
 
-    def __init__(self, width, n_head):
+    def __init__(self, width, n_head, n_inner=0, eps=1e-5, activation=F.gelu):
         super().__init__()
         self.n_head = n_head
-        self.ln_1 = nn.LayerNorm(width)
+        self.activation = activation
+        self.ln_1 = nn.LayerNorm(width, eps)
         self.c_attn = nn.Linear(width, 3 * width)
         self.attn_proj = nn.Linear(width, width)
-        self.ln_2 = nn.LayerNorm(width)
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.mlp_proj = nn.Linear(4 * width, width)
+        self.ln_2 = nn.LayerNorm(width, eps)
+        self.c_fc = nn.Linear(width, n_inner or 4 * width)
+        self.mlp_proj = nn.Linear(n_inner or 4 * width, width)
 
-    def forward(self, x, mask):
+    def forward(self, x, mask=None):
         q, k, v = self.c_attn(self.ln_1(x)).chunk(3, dim=-1)                    # (N, L, C)
         x = x + self.attn_proj(attend(q, k, v, self.n_head, mask))
-        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
+        return x + self.mlp_proj(self.activation(self.c_fc(self.ln_2(x))))
 
 class ViT(Freezable):
     """Patches to features. The position of a patch is the sum of a row and a column embedding, so any grid
@@ -166,6 +172,58 @@ class ViT(Freezable):
             x = block(x, mask)
         return self.ln_f(x)                                                     # (N, L, C)
 
+def quick_gelu(x):
+    """The activation that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+def tanh_gelu(x):
+    return F.gelu(x, approximate='tanh')
+
+class Tower(Freezable):
+    """The ViT inside a published vision-language model, for squares of one size, by `vision_encoder`:
+
+        siglip  SmolVLM's and nanoVLM's: its last layer, then a norm
+        clip    LLaVA's: a class token, a norm before the first layer, another activation; the layer vision_layer
+
+    Layers after vision_layer are left out. It is built for weights that come next: those here are random.
+    """
+
+    fingerprint = ''  # its weights are part of the model's
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.width = width = config.vision_n_embd
+        is_clip = config.vision_encoder == 'clip'
+        side = config.image_size // config.patch_width
+        self.patch_embed = nn.Linear(config.patch_height * config.patch_width * 3, width, bias=not is_clip)
+        self.cls = nn.Parameter(torch.randn(width)) if is_clip else None
+        self.wpe = nn.Embedding(side**2 + is_clip, width)  # the class token's position is the first
+        eps, activation = (1e-5, quick_gelu) if is_clip else (1e-6, tanh_gelu)
+        self.ln_pre = nn.LayerNorm(width, eps) if is_clip else nn.Identity()
+        n_layer = range(config.vision_n_layer)[config.vision_layer] + 1
+        self.h = nn.ModuleList([Block(width, config.vision_n_head, config.vision_n_inner, eps, activation)
+                                for _ in range(n_layer)])
+        has_norm = not is_clip and config.vision_layer == -1
+        self.ln_post = nn.LayerNorm(width, eps) if has_norm else nn.Identity()
+
+    def forward(self, patches, grid):
+        """uint8 patches (N, L, D) of whole squares, grid (N, L, 2) -> features (N, L, C)."""
+        config = self.config
+        x = patches.unflatten(2, (-1, 3)) / 255                                 # (N, L, D / 3, 3)
+        x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
+        row, col = grid.clamp(min=0).unbind(-1)                                 # padding is that of whole images
+        place = row * (config.image_size // config.patch_width) + col           # (N, L)
+        n_cls = int(self.cls is not None)
+        x = self.patch_embed(x.flatten(2)) + self.wpe(place + n_cls)            # (N, L, C)
+        if n_cls:
+            cls = (self.cls + self.wpe.weight[0]).expand(len(x), 1, -1)
+            x = torch.cat([cls, x], dim=1)
+        x = self.ln_pre(x)
+        for block in self.h:
+            x = block(x)
+        return self.ln_post(x[:, n_cls:])
+
 def sinusoids(length, width):
     """(length, width) table of sines and cosines of falling frequency, with an RMS of 0.3."""
     frequency = torch.exp(-math.log(200) * torch.arange(0, width, 2) / width)
@@ -192,8 +250,8 @@ class PretrainedEncoder(Freezable):
 
     def __init__(self, config, load=True):
         super().__init__()
-        if config.vision_cls and config.connector == 'pool':
-            raise ValueError('vision_cls does not work with connector pool: a class token is in no cell')
+        if config.vision_cls and cell_size(config) > 1:
+            raise ValueError(f'vision_cls does not work with connector {config.connector}: a class token is in no cell')
         self.config = config
         shape = tower_shape(config)
         self.width = shape.width
@@ -524,7 +582,7 @@ def complete_deepencoder(config):
             raise ValueError(f'{config.vision_encoder} needs an {name} that is a multiple of {token}, got {size}')
     if config.patch_height != config.patch_width:
         raise ValueError(f'{config.vision_encoder} has square patches: set patch_height and patch_width to the same')
-    if config.connector == 'pool':
+    if config.connector in ('pool', 'shuffle'):
         raise ValueError(f'{config.vision_encoder} makes few tokens by itself: set --connector=linear, mlp or qformer')
     return config
 
@@ -747,17 +805,17 @@ class QFormer(Freezable):
         return x[:, :K], x[:, K:]
 
 class Connector(Freezable):
-    """Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. The others are
-    LLaVA-1.5's two layers: on all features (mlp), on their means (pool), on a Q-Former's queries (qformer).
-    image_newlines are added to the embeddings, as in DeepSeek-OCR.
+    """Features (N, L, C) to embeddings (N, L, n_embd). `linear`: one matrix, LLaVA's first. `shuffle`: one matrix on k x k
+    features side by side, SmolVLM's. The others are LLaVA-1.5's two layers: on all features (mlp), on their means (pool), on
+    a Q-Former's queries (qformer). image_newlines are added to the embeddings, as in DeepSeek-OCR.
     """
 
     def __init__(self, config, width):
         super().__init__()
-        if config.connector not in ('linear', 'mlp', 'pool', 'qformer'):
-            raise ValueError(f'connector must be linear, mlp, pool or qformer, got {config.connector!r}')
-        layers = [nn.Linear(width, config.n_embd)]
-        if config.connector != 'linear':
+        if config.connector not in ('linear', 'mlp', 'pool', 'shuffle', 'qformer'):
+            raise ValueError(f'connector must be linear, mlp, pool, shuffle or qformer, got {config.connector!r}')
+        layers = [nn.Linear(width, config.n_embd, bias=config.connector != 'shuffle')]
+        if config.connector not in ('linear', 'shuffle'):
             layers += [nn.GELU(), nn.Linear(config.n_embd, config.n_embd)]
         self.net = nn.Sequential(*layers)
         if config.image_newlines:
@@ -788,12 +846,16 @@ class Vision(nn.Module):
             self.encoder = PretrainedEncoder(config, load)
         elif is_deepencoder(config):
             self.encoder = DeepEncoder(config, load)
+        elif config.vision_encoder in ('siglip', 'clip'):
+            self.encoder = Tower(config)
         elif config.vision_encoder == 'vit':
             self.encoder = ViT(config)
         else:
             raise ValueError('vision_encoder must be vit, deepencoder, deepencoder_tiny, an encoder of open_clip like '
                              f'ViT-L-14-quickgelu/openai, or timm/NAME, got {config.vision_encoder!r}')
         width = self.encoder.width
+        if config.connector == 'shuffle':
+            width *= config.pool_size**2
         self.qformer = None
         if config.connector == 'qformer':
             self.qformer = QFormer(config, width, config.vocab_size + 2 if pretraining else 0)
@@ -821,9 +883,12 @@ class Vision(nn.Module):
             return patches.float(), grid[..., 0] >= 0
         k = cell_size(self.config)
         x = self.encode(patches, grid)
-        if is_deepencoder(self.config):
-            return x, (grid[..., 0] >= 0).unflatten(1, (-1, k**2)).any(2)
-        return pool(x, grid, k)
+        valid = (grid[..., 0] >= 0).unflatten(1, (-1, k**2))                    # (N, L', k * k)
+        if self.config.connector == 'shuffle':
+            x = (x.unflatten(1, (-1, k**2)) * valid[..., None]).flatten(2)      # (N, L', k * k * C)
+        elif not is_deepencoder(self.config):
+            return pool(x, grid, k)
+        return x, valid.any(2)
 
     def forward(self, patches, grid, layout=None):
         x, valid = self.features(patches, grid)

@@ -406,6 +406,8 @@ def test_images_stand_where_the_content_has_them(published, name):
     assert batch['idx'].count(tokenizer.image_id) == 8 and tokenizer.image_id not in batch['targets']
     shown = tokenizer.decode(batch['idx']).replace(IMAGE * 2, IMAGE)
     for content in contents:
+        if tokenizer.content_is_list:  # a new line after an image is the template's business
+            content = content.replace(f'{IMAGE}\n', IMAGE)
         assert content in shown
     in_loss = tokenizer.decode([i for i in batch['targets'] if i >= 0])
     end = {'smolvlm': '<end_of_utterance>', 'zephyr': '</s>'}.get(name, '<|eot_id|>' if 'llama' in name else '<|im_end|>')
