@@ -47,8 +47,8 @@ from blip2 import QFormerPretraining
 from configurator import configure, run
 from dataloader import (ASSISTANT, CALL_MARKS, IMAGE, Examples, FileRows, TooLong, collate, count_draws,
                         get_tokenizer, image_error, load_image, open_rows, parse_mixture, tokenize)
-from model import build_model, read_weights, to_hugging_face
 from patches import NEWLINE, arrange, cell_size, num_tokens, preprocess
+from weights import build_model, read_weights, to_hugging_face
 
 # -----------------------------------------------------------------------------
 init_from = 'resume'     # out_dir's checkpoint; or, as in train.py, a checkpoint's path or a published model
@@ -951,8 +951,9 @@ def write_results(name, table, sheet):
         note(f'a picture of them in {path}.png')
 
 def export_model(model, enc, config):
-    """Writes a new folder: config.json and model.safetensors, the text part for Hugging Face's classes, and the
-    files of its tokenizer; glimpse.safetensors, the whole model, which --checkpoint and --init_from read.
+    """Writes a new folder: config.json and model.safetensors for Hugging Face's classes (see weights.to_hugging_face), the
+    files of its tokenizer and of its image processor, if it has one, and glimpse.safetensors, the whole model, which
+    --checkpoint and --init_from read.
     """
     settings, text_weights = to_hugging_face(model)
     settings['eos_token_id'] = enc.end_ids
@@ -971,6 +972,8 @@ def export_model(model, enc, config):
     save_file(weights, folder / 'glimpse.safetensors', metadata={'glimpse': json.dumps(about)})
     for path in enc.files:
         shutil.copy(path, folder)
+        for image_processor in path.parent.glob('p*processor_config.json'):
+            shutil.copy(image_processor, folder)
     note(f'{export}: {", ".join(sorted(os.listdir(export)))}')
 
 def main():

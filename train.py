@@ -40,18 +40,19 @@ from tqdm import tqdm
 from configurator import configure, knobs_of, run
 from dataloader import (FeatureCache, Mixture, TokenizedExamples, collate, dataset_folder, get_tokenizer,
                         is_plain_text, open_rows, pack, parse_mixture)
-from model import (GPTConfig, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
-                   read_weights, vision_of)
+from model import GPTConfig
 from patches import is_deepencoder
 from render import parse_tasks
 from sample import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device, warn_of_collapse
 from vision import VisionConfig, complete_config
+from weights import build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint, read_weights, vision_of
 
 # -----------------------------------------------------------------------------
 # run
 out_dir = 'out'
 init_from = 'scratch'          # scratch, resume (from out_dir), a checkpoint's path, or a published model: gpt2 to
-#                                gpt2-xl, OWNER/NAME on the hub or a folder with a GPT-2, Llama (SmolLM2) or Qwen3
+#                                gpt2-xl, OWNER/NAME on the hub or a folder with a GPT-2, Llama (SmolLM2), Qwen2, Qwen3,
+#                                SmolLM3, SmolVLM or LLaVA
 vision_from = ''               # a checkpoint whose small ViT or Q-Former becomes this model's, or for its Q-Former a
 #                                BLIP-2 on the hub or in a folder: Salesforce/blip2-itm-vit-g
 eval_interval = 500            # steps between two evaluations, each with a checkpoint

@@ -182,10 +182,11 @@ def tanh_gelu(x):
 class Tower(Freezable):
     """The ViT inside a published vision-language model, for squares of one size, by `vision_encoder`:
 
-        siglip  SmolVLM's and nanoVLM's: its last layer, then a norm
-        clip    LLaVA's: a class token, a norm before the first layer, another activation; the layer vision_layer
+        siglip  SmolVLM's; LLaVA's with SigLIP
+        clip    LLaVA's: a class token, which is dropped, a norm before the first layer, another activation
 
-    Layers after vision_layer are left out. It is built for weights that come next: those here are random.
+    Layers after vision_layer are left out. A norm after the last comes with the connector shuffle. It is built for weights
+    that come next: those here are random.
     """
 
     fingerprint = ''  # its weights are part of the model's
@@ -204,8 +205,7 @@ class Tower(Freezable):
         n_layer = range(config.vision_n_layer)[config.vision_layer] + 1
         self.h = nn.ModuleList([Block(width, config.vision_n_head, config.vision_n_inner, eps, activation)
                                 for _ in range(n_layer)])
-        has_norm = not is_clip and config.vision_layer == -1
-        self.ln_post = nn.LayerNorm(width, eps) if has_norm else nn.Identity()
+        self.ln_post = nn.LayerNorm(width, eps) if config.connector == 'shuffle' else nn.Identity()
 
     def forward(self, patches, grid):
         """uint8 patches (N, L, D) of whole squares, grid (N, L, 2) -> features (N, L, C)."""

@@ -19,10 +19,11 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 import vision
 from dataloader import collate, get_tokenizer, tokenize
-from model import GPT, read_weights, rename
+from model import GPT
 from patches import END, NEWLINE, PADDING, arrange, collate_images, num_tokens, preprocess, tile_shape
 from train import configure_optimizers, estimate_flops
 from vision import VisionConfig, complete_config
+from weights import read_weights, rename
 
 SMALL = dict(vision_encoder='deepencoder_tiny', image_size=64, patch_height=4, patch_width=4, vision_n_embd=24,
              vision_n_layer=4)

@@ -16,11 +16,11 @@ from safetensors.torch import load, load_file, save_file
 
 import dataloader
 import vision
-from model import build_model, checkpoint_state, load_vision_from, published_fingerprint
 from patches import collate_images, num_tokens, preprocess, resize_to_square
 from sample import find_device
 from train import configure_optimizers
 from vision import complete_config
+from weights import build_model, checkpoint_state, load_vision_from, published_fingerprint
 
 TEXT = {'context_length': 8, 'vocab_size': 100, 'width': 32, 'heads': 2, 'layers': 1}
 CLIP = {'embed_dim': 32, 'text_cfg': TEXT,

@@ -9,8 +9,9 @@ from conftest import batch_of_ids, inside, make_model, optimizer_config, read_lo
 from safetensors.torch import load_file, save_file
 
 from dataloader import get_tokenizer, open_rows
-from model import GPT, GPTConfig, build_model, load_model, read_checkpoint, read_weights
+from model import GPT, GPTConfig
 from train import configure_optimizers
+from weights import build_model, load_model, read_checkpoint, read_weights
 
 
 def nanogpt(path, vocab_size=103, prefix='_orig_mod.', bias=False, **changes):
@@ -175,7 +176,7 @@ def test_damaged_or_unsupported_gpt2_raises(gpt2, tmp_path):
     copy_of(folder, x, n_layer=3)
     assert 'missing transformer.h.2.ln_1.weight' in message()
     copy_of(folder, x, model_type='bert')
-    assert "expected a model of type gpt2, llama, qwen3, blip-2, got 'bert'" in message()
+    assert "blip-2, idefics3, smolvlm, llava, got 'bert'" in message()
     copy_of(folder, x, activation_function='relu')
     assert "activation_function is 'relu'" in message()
     copy_of(folder, x, scale_attn_by_inverse_layer_idx=True)

@@ -11,9 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.optim import _muon
 
 import train
-from model import GPT, GPTConfig, load_model, read_weights, sample_token
+from model import GPT, GPTConfig, sample_token
 from patches import collate_images, num_tokens, preprocess
 from train import Muon, best_dtype, configure_optimizers, orthogonalize
+from weights import load_model, read_weights
 
 
 def random_image(seed, size=(24, 16)):

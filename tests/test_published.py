@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dataloader import collate, frame_images, get_tokenizer, tokenize
-from model import load_model, read_weights
 from patches import preprocess, separate_tiles
 from sample import prompt_example
+from weights import load_model, read_weights
 
 MARKS = ['<fake_token_around_image>', '<global-img>', *(f'<row_{r}_col_{c}>' for r in range(1, 7) for c in range(1, 7))]
 SMOLVLM_TEMPLATE = (
@@ -250,3 +250,29 @@ def test_tile_marks_need_a_tokenizer_that_has_them(smolvlm):
         frame_images([picture(9, 9)], [], get_tokenizer('bytes'), config)
     assert len(preprocess(picture(64, 64), config)[0]) == 64
     assert prompt_example('x', ['a'], True)['messages'][0]['content'] == '<image>\nx'
+
+
+def copy_of(folder, target):
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize('kind', ['smolvlm', 'llama-clip', 'qwen2-siglip'])
+def test_an_export_is_hugging_faces_again(smolvlm, tmp_path, kind):
+    """What was read and written back has the logits of the original, there and here."""
+    source = tmp_path / 'source'
+    source.mkdir()
+    if kind == 'smolvlm':
+        folder, theirs, processor = smolvlm
+        copy_of(folder, source)
+    else:
+        theirs, processor = make_llava(source, *kind.split('-'))
+    process = inside('sample.py', f'--init_from={source}', f'--export={tmp_path}/export', '--device=cpu')
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / 'export' / 'preprocessor_config.json').exists()
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / 'export').eval()
+    assert type(again) is type(theirs)
+    images = [picture(150, 100)]
+    compare(tmp_path / 'export', theirs, processor, QUESTION, images)
+    compare(source, again, processor, QUESTION, images)
