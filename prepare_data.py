@@ -7,6 +7,7 @@ Public datasets and your own files -> data/NAME/{train,val}.jsonl, in the format
 """
 
 import bisect
+import csv
 import dataclasses
 import functools
 import gzip
@@ -502,6 +503,24 @@ def json_example(row, rng):
         example['messages'] = questions_and_answers(example['messages'])
     return example
 
+def csv_rows(source, subset, max_examples):
+    """The rows of a captions.csv (or metadata.csv, as Hugging Face's imagefolder has it) in a folder of images."""
+    names = ('captions.csv', 'metadata.csv')
+    path = next((path for path in (Path(source, name) for name in names) if source and path.is_file()), None)
+    if path is None:
+        raise ValueError(f'expected --source=FOLDER with images and a captions.csv, got {source!r}')
+    with open(path, encoding='utf-8-sig', newline='') as f:
+        for row in csv.DictReader(f):
+            name = row.get('image') or row.get('file_name') or ''
+            yield {**row, 'image': os.path.abspath(path.parent / name)}
+
+def csv_example(row, rng):
+    """Columns image (or file_name) and caption (or text, answer); with question it is the answer to that."""
+    answer = row.get('caption') or row.get('text') or row.get('answer') or ''
+    if not answer.strip():
+        raise ValueError('it has no caption')
+    return question_example(row['image'], row.get('question') or 'Describe the image.', answer)
+
 @dataclasses.dataclass
 class Dataset:
     """A public dataset. Rows and gigabytes are those upstream: '?' is not known here, '~' from memory."""
@@ -555,6 +574,8 @@ DATASETS = {
                            'text', text_example, 'sample-10BT'),
     'hub': Dataset('any set of images and conversations', '', '', '', '',
                    'image(s), and texts, messages or conversations', hub_example),
+    'folder': Dataset('images of your own, and a captions.csv', '', '', '', '',
+                      'image, caption; or image, question, answer', csv_example, rows=csv_rows),
     'custom_json': Dataset('conversations of your own', '', '', '', '',
                            'a line: [{role, content}], or an example', json_example, rows=json_lines),
 }

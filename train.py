@@ -221,6 +221,8 @@ def init_from_checkpoint(config, enc, checkpoint):
                          'with by --tokenizer')
     args = {name: getattr(config, name) for name in ('dropout', 'block_size', 'lora_rank', 'lora_dropout')}
     args['calculator'] = enc.calculator
+    if known['max_image_side'] and config.max_image_side:  # more or fewer tiles
+        args['max_image_side'] = config.max_image_side
     if not known['lora_rank']:  # updates that are there already act as they were trained to
         args.update(lora_alpha=config.lora_alpha, lora_scope=config.lora_scope)
     if enc.n_vocab > known['vocab_size']:

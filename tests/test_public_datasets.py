@@ -547,6 +547,30 @@ def test_omnidocbench_is_read_in_order_and_held_out():
     assert [row['reason'] for row in read('omnidocbench', 'skipped')] == ['it has no text', 'the image is missing']
 
 
+def test_a_folder_with_captions_is_read():
+    Path('photos/birds').mkdir(parents=True)
+    for i in range(8):
+        Path(f'photos/birds/{i}.png').write_bytes(picture(i))
+    Path('photos/broken.png').write_bytes(b'no image')
+    rows = ['\ufeffimage,question,answer', *(f'birds/{i}.png,How many?,"{i}, or more"' for i in range(8)),
+            'gone.png,What?,x', 'broken.png,What?,x', 'birds/0.png,What?,']
+    Path('photos/captions.csv').write_text('\n'.join(rows), encoding='utf-8')
+    process = inside('prepare_data.py', 'folder', '--source=photos', '--name=photos', '--val_every=2')
+    assert process.returncode == 0, process.stderr
+    examples = read('photos', 'train') + read('photos', 'val')
+    assert {example['messages'][1]['content'] for example in examples} == {f'{i}, or more' for i in range(8)}
+    assert all(example['messages'][0]['content'] == f'{IMAGE}\nHow many?' for example in examples)
+    reasons = [row['reason'] for row in read('photos', 'skipped')]
+    assert reasons == ['the image is missing', 'the image is broken', 'it has no caption']
+    Path('photos/captions.csv').unlink()
+    Path('photos/metadata.csv').write_text('\n'.join(['file_name,text', *(f'birds/{i}.png,Bird {i}' for i in range(8))]))
+    process = inside('prepare_data.py', 'folder', '--source=photos', '--name=captions', '--val_every=2')
+    assert process.returncode == 0, process.stderr
+    example = read('captions', 'train')[0]
+    assert example['messages'][0]['content'] == f'{IMAGE}\nDescribe the image.' and len(read('captions', 'val')) >= 1
+    refused(inside('prepare_data.py', 'folder', '--source=nowhere'), 'expected --source=FOLDER with images and a captions.csv')
+
+
 def test_fox_is_read_as_llava_and_held_out():
     rows = [{'image': f'en_{i}.png', 'len': 826, 'conversations': [
         {'from': 'human', 'value': '<image>\nOCR this image: '}, {'from': 'gpt', 'value': f'PAGE {i}'}]} for i in range(3)]

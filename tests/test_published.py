@@ -205,11 +205,14 @@ def test_it_answers_and_trains(smolvlm, tmp_path):
                           {'role': 'assistant', 'content': 'Two birds.'}], 'images': ['x.png']}] * 4
     for split in ('train', 'val'):
         (tmp_path / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    process = inside('train.py', f'--init_from={folder}', f'--dataset={tmp_path}', f'--out_dir={tmp_path}/out', '--lora_rank=8',
-                     '--vision_lr=0', '--connector_lr=1e-3', '--learning_rate=1e-2', '--batch_size=4', '--max_iters=20',
+    process = inside('train.py', 'config/finetune.py', f'--init_from={folder}', f'--dataset={tmp_path}', '--block_size=256',
+                     f'--out_dir={tmp_path}/out', '--learning_rate=1e-2', '--gradient_accumulation_steps=2', '--max_iters=20',
                      '--eval_interval=20', '--eval_iters=1', '--eval_samples=2', '--device=cpu', '--compile=False',
-                     '--num_workers=0', '--block_size=256', '--warmup_iters=2', '--weight_decay=0', '--optimizer=adamw')
+                     '--num_workers=0', '--warmup_iters=2', '--max_image_side=128')
     assert process.returncode == 0, process.stderr
+    checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
+    assert checkpoint['model_args']['max_image_side'] == 128 and checkpoint['model_args']['tile_marks']
+    assert not any('lora' not in name and name.startswith('transformer') for name in checkpoint['model'])
     evals = [json.loads(line)['eval'] for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines() if 'eval' in line]
     assert evals[-1]['val_loss'] < 0.5 * evals[0]['val_loss']
     process = inside('sample.py', f'--out_dir={tmp_path}/out', '--image', tmp_path / 'x.png', '--prompt', 'What is it?',

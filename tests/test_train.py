@@ -176,17 +176,18 @@ def test_a_text_only_gpt_trains(tmp_path):
     assert not any(k.startswith('vision') for k in weights(tmp_path))
 
 
-SMALL_RECIPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vision_n_layer=1', '--vision_n_head=2', '--vision_n_embd=32',
+SMALL_RECIPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vision_n_layer=1', '--vision_n_head=2', '--vision_n_embd=24',
                 '--batch_size=2', '--gradient_accumulation_steps=1', '--block_size=4096', '--max_iters=2', '--eval_interval=2',
                 '--eval_iters=1', '--eval_samples=2', '--num_workers=0', '--dataset=pydoc', '--device=cpu', '--compile=False',
                 '--init_from=scratch', '--vision_from=', '--qformer_n_layer=1', '--qformer_n_head=2', '--qformer_n_embd=32']
 
 
-# those that start from published models or other recipes are in test_encoders.py, test_pretrained.py and test_qformer.py
+# those that start from published models or other recipes are in other files
 @pytest.mark.parametrize('config', sorted({p.name for p in (ROOT / 'config').glob('*.py')} -
                                           {'vlm_align.py', 'vlm_sft.py', 'vlm_sft_lora.py', 'vlm_smollm2.py',
                                            'vlm_smollm2_lora.py', 'read_smollm2_cpu.py', 'qformer_align.py',
-                                           'vlm_qformer.py', 'connectors_cpu.py', 'render_pretrain_qwen3.py'}))
+                                           'vlm_qformer.py', 'connectors_cpu.py', 'render_pretrain_qwen3.py',
+                                           'ocr_vision.py', 'ocr_mix.py', 'finetune.py'}))
 def test_every_recipe_runs_at_a_reduced_size(tmp_path, config):
     process = inside('train.py', ROOT / 'config' / config, *SMALL_RECIPE, '--tokenizer=bytes', f'--out_dir={tmp_path}')
     assert process.returncode == 0, process.stderr
