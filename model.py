@@ -191,12 +191,8 @@ class CausalSelfAttention(nn.Module):
         cache, a pair of tensors (B, S, n_kv_head, hs), the keys and values of these T tokens are first written
         to its positions cache_pos (B, T).
         """
-        B, T, _ = x.shape
-        heads = self.c_attn(x, lora_mask).view(B, T, -1, self.head_dim)         # (B, T, nh + 2 n_kv_head, hs)
-        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        B = len(x)
+        q, k, v = self.project(x, rope, lora_mask)
         if cache is not None:
             rows = torch.arange(B, device=x.device)[:, None]
             for stored, new in zip(cache, (k, v)):
@@ -213,6 +209,25 @@ class CausalSelfAttention(nn.Module):
                                                enable_gqa=enable_gqa)
         y = y.transpose(1, 2).flatten(2)                                        # all heads concatenated
         return self.resid_dropout(self.c_proj(y, lora_mask))
+
+    def project(self, x, rope, lora_mask):
+        """Queries (B, T, nh, hs), keys and values (B, T, n_kv_head, hs) of x (B, T, C)."""
+        heads = self.c_attn(x, lora_mask).unflatten(2, (-1, self.head_dim))     # (B, T, nh + 2 n_kv_head, hs)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return q, k, v
+
+    def weights(self, x, rope, lora_mask):
+        """How much each token attends to each up to it, (B, nh, T, T); a row's sum is 1. Only for looking at: the forward
+        pass never makes this matrix.
+        """
+        q, k, _ = self.project(x, rope, lora_mask)
+        k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=2)
+        scores = torch.einsum('bihd,bjhd->bhij', q.float(), k.float()) / math.sqrt(self.head_dim)
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)        # (T, T)
+        return scores.masked_fill(future, -math.inf).softmax(-1)
 
 class MLP(nn.Module):
 
@@ -361,10 +376,24 @@ class GPT(nn.Module):
     def run_blocks(self, x, pos, lora_mask, caches=None, cache_pos=None, mask=None):
         """All layers: x (B, T, C) at positions (B, T) -> (B, T, C). caches: one for each layer."""
         rope = self.rope(pos)
-        nope_every = self.config.nope_every or math.inf
-        for number, (block, cache) in enumerate(zip(self.transformer.h, caches or [None] * self.config.n_layer), 1):
-            x = block(x, rope if number % nope_every else None, lora_mask, cache, cache_pos, mask)
+        for number, (block, cache) in enumerate(zip(self.transformer.h, caches or [None] * self.config.n_layer)):
+            x = block(x, None if self.has_no_rope(number) else rope, lora_mask, cache, cache_pos, mask)
         return self.transformer.ln_f(x)
+
+    def has_no_rope(self, layer):
+        return self.config.nope_every > 0 and (layer + 1) % self.config.nope_every == 0
+
+    @torch.no_grad()
+    def attention(self, idx, images=None):
+        """How much each token attends to each up to it, in each layer and head: (n_layer, B, n_head, T, T)."""
+        x, pos = self.embed(idx, images)
+        rope, lora_mask = self.rope(pos), self.lora_mask(idx)
+        weights = []
+        for number, block in enumerate(self.transformer.h):
+            own_rope = None if self.has_no_rope(number) else rope
+            weights.append(block.attn.weights(block.ln_1(x), own_rope, lora_mask))
+            x = block(x, own_rope, lora_mask)
+        return torch.stack(weights)
 
     def logits(self, idx, images=None, docs=None):
         """(B, T, vocab_size); idx, images and docs as in `embed`."""

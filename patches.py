@@ -243,14 +243,27 @@ def arrange(grid, config):
 
         2 3 4 5 NEWLINE 0 1 NEWLINE END
     """
-    k = cell_size(config)
-    row, col = (grid.unflatten(0, (-1, k**2)).amax(1) // k).unbind(1)  # of each token
+    row, col = token_cells(grid, config).unbind(1)
     n, n_rows = len(row), int(row.max()) + 1
     right, below = 1 + int(col.max()), n_rows
     row = torch.cat([row, torch.arange(n_rows), torch.tensor([below])])
     col = torch.cat([col, torch.full((n_rows,), right), torch.tensor([0])])
     number = torch.cat([torch.arange(n), torch.full((n_rows,), NEWLINE), torch.tensor([END])])
     return number[(row * (right + 1) + col).argsort()]
+
+def token_cells(grid, config):
+    """The row and column of each token, not of newlines: grid (L, 2) -> (L', 2)."""
+    k = cell_size(config)
+    return grid.unflatten(0, (-1, k**2)).amax(1) // k
+
+def picture(patches, grid, config):
+    """What an encoder sees of an image, as an RGB PIL image: its patches in their places."""
+    ph, pw = config.patch_height, config.patch_width
+    rows, cols = (grid.amax(0) + 1).tolist()
+    canvas = torch.full((rows, cols, ph, pw, 3), 255, dtype=torch.uint8)
+    is_patch = grid[:, 0] >= 0
+    canvas[tuple(grid[is_patch].T)] = patches[is_patch].view(-1, ph, pw, 3)
+    return Image.fromarray(canvas.permute(0, 2, 1, 3, 4).reshape(rows * ph, cols * pw, 3).numpy())
 
 def view_lengths(config):
     """How many patches, with padding, a square image has, and each of its tiles."""

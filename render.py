@@ -540,6 +540,12 @@ def similarity_grid(images, captions, values):
         rows.append(tiles)
     return stack_rows(rows, 0, 0)
 
+def heat_map(image, heat):
+    """The RGB image in gray, with red where `heat` (rows, cols), a value between 0 and 1 for each part of it, is large."""
+    gray = image.convert('L').convert('RGB')
+    alpha = Image.fromarray((170 * np.asarray(heat)).astype(np.uint8)).resize(image.size, Image.NEAREST)
+    return Image.composite(Image.new('RGB', image.size, 'red'), gray, alpha)
+
 CURVE_COLORS = ('#1f5fbf', '#c8551b', '#2e8b57', '#8a4fb0', '#808080', '#404040')
 
 def plot(curves, x_label, y_label, width=800, height=500):

@@ -2,6 +2,8 @@
 Speed and memory on this machine: not a test, a measurement. Medians of several rounds; of vlm's batch of 16, one round.
 
     $ python tests/bench.py                      # the quickstart's model; the knobs of train.py change it: --batch_size=32
+    $ python tests/bench.py config/pages_cpu.py  # another recipe's
+    $ python tests/bench.py attention RUN        # of a run that reads lines: does attention follow the letters? by layer
     $ python tests/bench.py features             # a frozen ViT-B-32 running in every step, and its features cached
     $ python tests/bench.py vlm                  # GPT-2 with CLIP, SmolLM2 with SigLIP: a step's time and memory by batch
     $ python tests/bench.py sft                  # config/vlm_sft.py's step by batch: padded, packed, eager, compiled; for a GPU
@@ -37,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import dataloader  # noqa: E402
 import render  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from configurator import configure  # noqa: E402
@@ -72,7 +75,7 @@ def open_run(*words):
     """A run of config/quickstart.py, or of the recipe in `words`: a namespace of what train.main() makes, and of
     batch(i), a micro-batch, and step(batch, model), an optimizer step.
     """
-    config = train_config('config/quickstart.py', *words)
+    config = train_config(*words) if words and words[0].endswith('.py') else train_config('config/quickstart.py', *words)
     dist_env = train.setup_distributed(config)
     torch.manual_seed(config.seed)
     model, enc, _ = train.init_model(config)
@@ -526,8 +529,41 @@ def rows(count):
         report('memory that all this took', memory() - before, 'MiB')
 
 
+def attention(run):
+    """For each letter of 200 held-out lines: is the column of patches that it was predicted from, the one with most attention
+    (the mean of a layer's heads), the column where the letter stands, or one next to it? Letters stand where the font puts
+    them in the line.
+    """
+    model, enc, config, _ = sample.load(f'{run}/ckpt.pt')
+    evaluation = sample.held_out_examples(config.dataset, config, 'ocr')
+    face = render.load_font(config.font, 100)
+    hits = torch.zeros(2, model.config.n_layer)
+    n = 0
+    for i in range(200):
+        example = evaluation[i]
+        text = sample.reference(example)
+        tokens = dataloader.tokenize(example, enc, model.config)
+        targets = [place for place, target in enumerate(tokens['targets']) if target >= 0][:-1]  # not the end
+        if len(targets) != len(text):  # a letter of several bytes
+            continue
+        batch = dataloader.collate([tokens], model.config)
+        weights = model.attention(batch['idx'], batch['images'])[:, 0].mean(1)           # (n_layer, T, T)
+        columns = tokens['images'][0][1][:, 1]
+        is_image = batch['idx'][0] == model.config.image_token
+        width = float(columns.max() + 1)
+        for number, place in enumerate(targets):
+            middle = (face.getlength(text[:number]) + face.getlength(text[:number + 1])) / 2 / face.getlength(text)
+            hottest = columns[weights[:, place, is_image].argmax(-1)]                    # (n_layer,)
+            distance = (hottest - int(middle * width)).abs()
+            hits += torch.stack([distance == 0, distance <= 1])
+            n += 1
+    for layer, (exact, near) in enumerate((100 * hits / n).T.tolist(), 1):
+        report(f'layer {layer}, letters in the hottest column', exact, '%')
+        report('    or in one next to it', near, '%')
+
+
 if __name__ == '__main__':
-    modes = {'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed, 'compile': compiled,
+    modes = {'attention': attention, 'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed, 'compile': compiled,
              'fsdp': fsdp, 'fsdp_row': fsdp_row, 'peer': peer, 'peer_memory': peer_memory, 'sft': sft, 'sft_row': sft_row}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
