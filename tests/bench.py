@@ -550,11 +550,11 @@ def attention(run):
         weights = model.attention(batch['idx'], batch['images'])[:, 0].mean(1)           # (n_layer, T, T)
         columns = tokens['images'][0][1][:, 1]
         is_image = batch['idx'][0] == model.config.image_token
-        width = float(columns.max() + 1)
+        n_columns = int(columns.max()) + 1
         for number, place in enumerate(targets):
             middle = (face.getlength(text[:number]) + face.getlength(text[:number + 1])) / 2 / face.getlength(text)
             hottest = columns[weights[:, place, is_image].argmax(-1)]                    # (n_layer,)
-            distance = (hottest - int(middle * width)).abs()
+            distance = (hottest - int(middle * n_columns)).abs()
             hits += torch.stack([distance == 0, distance <= 1])
             n += 1
     for layer, (exact, near) in enumerate((100 * hits / n).T.tolist(), 1):
@@ -563,8 +563,9 @@ def attention(run):
 
 
 if __name__ == '__main__':
-    modes = {'attention': attention, 'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed, 'compile': compiled,
-             'fsdp': fsdp, 'fsdp_row': fsdp_row, 'peer': peer, 'peer_memory': peer_memory, 'sft': sft, 'sft_row': sft_row}
+    modes = {'attention': attention, 'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed,
+             'compile': compiled, 'fsdp': fsdp, 'fsdp_row': fsdp_row, 'peer': peer, 'peer_memory': peer_memory, 'sft': sft,
+             'sft_row': sft_row}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:
