@@ -20,7 +20,8 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 import vision
 from dataloader import collate, get_tokenizer, tokenize
 from model import GPT
-from patches import END, NEWLINE, PADDING, arrange, collate_images, num_tokens, preprocess, tile_shape
+from patches import (END, NEWLINE, PADDING, arrange, cell_size, collate_images, num_tokens, preprocess, tile_shape,
+                     view_lengths)
 from train import configure_optimizers, estimate_flops
 from vision import VisionConfig, complete_config
 from weights import read_weights, rename
@@ -224,6 +225,23 @@ def test_each_tile_changes_its_own_tokens_only():
     differs = (a != b).any(1)  # of the whole image, the left tile, the right tile
     n = (64 // config.patch_width) ** 2
     assert differs[:n].any() and not differs[n:2 * n].any() and differs[2 * n:].all()
+
+
+@pytest.mark.parametrize('changes', [{**SMALL, 'tile_size': 32}, dict(image_size=32, image_newlines=True, max_image_tokens=64)])
+def test_a_tile_is_encoded_as_an_image_of_its_own(changes):
+    torch.manual_seed(0)
+    config = complete_config(tiny_config(**{**changes, 'max_tiles': 2}))
+    model = vision.Vision(config).eval()
+    image = noise(64, 32)
+    alone = replace(config, image_size=32, max_tiles=0, image_fit='squash')
+    n = view_lengths(config)[0] // cell_size(config)**2
+    with torch.no_grad():
+        features, _ = model.features(*collate_images([preprocess(image, config)], config))
+        for i, left in enumerate((0, 32)):
+            patches, grid = preprocess(image.crop((left, 0, left + 32, 32)), alone)
+            expected = model.encoder(patches[None], grid[None])[0]
+            own = features[0, n + i * len(expected):n + (i + 1) * len(expected)]
+            torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_of_padding_is_encoded():
