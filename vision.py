@@ -40,7 +40,6 @@ from torch.nn import functional as F
 
 from patches import PADDING, cell_size, collate_images, is_deepencoder, is_native, is_pretrained, preprocess, view_lengths
 
-
 def derived(default):
     """A field that no user sets: the tokenizer, or a pretrained encoder, determines it."""
     return field(default=default, metadata={'derived': True})
@@ -48,7 +47,7 @@ def derived(default):
 @dataclass
 class VisionConfig:
     # the GPT, as far as images and sequences depend on it
-    block_size: int = 1024    # positions of a sequence; an image takes one
+    block_size: int = 1024    # positions of a sequence; an image takes one, see image_positions
     vocab_size: int = derived(50304)  # GPT-2's 50257, padded up to a multiple of 64 for efficiency
     n_embd: int = 768
     image_token: int = derived(-1)  # id of <image>
@@ -574,6 +573,9 @@ def complete_deepencoder(config):
             if config.deepencoder_mode not in DEEPENCODER_MODES:
                 raise ValueError(f'deepencoder_mode must be {", ".join(DEEPENCODER_MODES)}, got {config.deepencoder_mode!r}')
             fixed |= DEEPENCODER_MODES[config.deepencoder_mode]
+            if config.image_size not in (0, fixed['image_size']):
+                raise ValueError(f'deepencoder_mode {config.deepencoder_mode} has images of {fixed["image_size"]} pixels, not '
+                                 f'{config.image_size}: set one of deepencoder_mode and image_size')
     config = replace(config, **fixed)
     token = 4 * config.patch_width  # pixels of a token's side
     for name in ('image_size', 'tile_size'):

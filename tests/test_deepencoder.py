@@ -255,6 +255,7 @@ def test_a_batch_of_padding_is_encoded():
     ({'image_size': 100}, 'image_size that is a multiple of 16'), ({'image_size': 0}, 'image_size that is a multiple of 16'),
     ({'connector': 'pool'}, 'few tokens by itself'), ({'patch_height': 8}, 'square patches'),
     ({'vision_encoder': 'deepencoder', 'deepencoder_mode': 'huge'}, 'deepencoder_mode must be tiny'),
+    ({'vision_encoder': 'deepencoder', 'deepencoder_mode': 'base'}, 'has images of 1024 pixels, not 64'),
     ({'image_positions': 'two'}, 'image_positions must be one or each'),
     ({'vision_encoder': 'vit', 'max_tiles': 4}, 'max_tiles needs image_newlines'),
     ({'vision_encoder': 'vit', 'image_size': 0, 'max_tiles': 4, 'image_newlines': True}, 'is for encoders of squares'),
