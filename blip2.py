@@ -136,9 +136,13 @@ class QFormerPretraining(nn.Module):
         wrong_image = sample_hard_negatives(to_image[others], same[others])     # (M)
         images = torch.cat([own, others, wrong_image])                          # (B + 2 M)
         texts = torch.cat([own, wrong_text, others])                            # (B + 2 M)
-        opened = self.prepend_token(ids[texts], self.cls)
-        queries, _ = self.vision.qformer(features[images], valid[images], opened, 'itm')
-        return F.cross_entropy(self.itm_head(queries).mean(1).float(), (images == texts).long())
+        logits = self.matching_logits(features[images], valid[images], ids[texts])
+        return F.cross_entropy(logits, (images == texts).long())
+
+    def matching_logits(self, features, valid, ids):
+        """Whether image n and caption n, ids (N, T), belong together: (N, 2), no and yes."""
+        queries, _ = self.vision.qformer(features, valid, self.prepend_token(ids, self.cls), 'itm')
+        return self.itm_head(queries).mean(1).float()
 
     def generate(self, features, valid, ids):
         """ITG: each token of the caption from the image and the tokens before it."""

@@ -725,6 +725,8 @@ def read_hugging_face(name, system_prompt, marks, switches):
     for key, token in config.items():
         if key.endswith('_token') and token:
             names[key] = token['content'] if isinstance(token, dict) else token
+    if 'sep_token' in names:  # BERT's texts end with it
+        names['eos_token'] = config.get('eos_token') or names['sep_token']
     backend.no_truncation()
     backend.no_padding()
     # adds no tokens and keeps offsets exact

@@ -74,7 +74,8 @@ def cut_into_patches(image, config):
     grid[:, math.ceil(width / pw):] = -1
     patches = cut(pixels, k, ph, pw)                                            # (L, ph * pw * 3)
     grid = cut(grid, k, 1, 1)                                                   # (L, 2)
-    if is_pretrained(config) and config.vision_cls:  # an entry for the class token, which has no patch
+    has_cls = config.vision_cls and (is_pretrained(config) or config.vision_encoder == 'eva')
+    if has_cls:  # an entry for the class token, which has no patch
         patches = F.pad(patches, (0, 0, 1, 0))
         grid = F.pad(grid, (0, 0, 1, 0))
     return patches, grid

@@ -3,7 +3,7 @@ Patches of images -> image tokens: everything between them and the embeddings th
 
     VisionConfig        every knob of this file; model.py's GPTConfig extends it
     ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
-    Tower               patches -> features: the SigLIP or CLIP inside SmolVLM, LLaVA, nanoVLM  (an encoder)
+    Tower               patches -> features: the SigLIP, CLIP or EVA of SmolVLM, LLaVA, BLIP-2  (an encoder)
     PretrainedEncoder   patches -> features: CLIP, SigLIP, DINOv2, ... with published weights   (an encoder)
     DeepEncoder         patches -> features: DeepSeek-OCR's, SAM and CLIP, few tokens for pages (an encoder)
     pool                features -> their mean over each cell of k x k patches
@@ -57,7 +57,7 @@ class VisionConfig:
     #                           deepencoder, else one
     vision_encoder: str = ''  # '' for a text-only GPT, vit (from scratch), deepencoder, deepencoder_tiny (from scratch), or a
     #                           pretrained encoder, like ViT-L-14-quickgelu/openai or timm/vit_small_patch14_dinov2.lvd142m;
-    #                           siglip and clip come with published vision-language models
+    #                           siglip, clip and eva come with published vision-language models
     connector: str = 'mlp'    # linear, mlp, pool, shuffle or qformer
     pool_size: int = 2        # connector pool: k x k patches become one token, their mean; shuffle: side by side
     n_queries: int = 32       # connector qformer: any image becomes as many tokens
@@ -183,6 +183,7 @@ class Tower(Freezable):
 
         siglip  SmolVLM's; LLaVA's with SigLIP
         clip    LLaVA's: a class token, which is dropped, a norm before the first layer, another activation
+        eva     BLIP-2's: a class token, which is kept
 
     Layers after vision_layer are left out. A norm after the last comes with the connector shuffle. It is built for weights
     that come next: those here are random.
@@ -194,12 +195,15 @@ class Tower(Freezable):
         super().__init__()
         self.config = config
         self.width = width = config.vision_n_embd
-        is_clip = config.vision_encoder == 'clip'
+        kind = config.vision_encoder
+        is_clip = kind == 'clip'
+        has_cls = kind in ('clip', 'eva')
         side = config.image_size // config.patch_width
         self.patch_embed = nn.Linear(config.patch_height * config.patch_width * 3, width, bias=not is_clip)
-        self.cls = nn.Parameter(torch.randn(width)) if is_clip else None
-        self.wpe = nn.Embedding(side**2 + is_clip, width)  # the class token's position is the first
-        eps, activation = (1e-5, quick_gelu) if is_clip else (1e-6, tanh_gelu)
+        self.cls = nn.Parameter(torch.randn(width)) if has_cls else None
+        self.wpe = nn.Embedding(side**2 + has_cls, width)  # the class token's position is the first
+        eps = 1e-5 if is_clip else 1e-6
+        activation = {'siglip': tanh_gelu, 'clip': quick_gelu, 'eva': F.gelu}[kind]
         self.ln_pre = nn.LayerNorm(width, eps) if is_clip else nn.Identity()
         n_layer = range(config.vision_n_layer)[config.vision_layer] + 1
         self.h = nn.ModuleList([Block(width, config.vision_n_head, config.vision_n_inner, eps, activation)
@@ -207,8 +211,11 @@ class Tower(Freezable):
         self.ln_post = nn.LayerNorm(width, eps) if config.connector == 'shuffle' else nn.Identity()
 
     def forward(self, patches, grid):
-        """uint8 patches (N, L, D) of whole squares, grid (N, L, 2) -> features (N, L, C)."""
+        """uint8 patches (N, L, D) of whole squares, grid (N, L, 2) -> features (N, L, C). With vision_cls the first entry of
+        all three is the class token's.
+        """
         config = self.config
+        patches, grid = patches[:, int(config.vision_cls):], grid[:, int(config.vision_cls):]
         x = patches.unflatten(2, (-1, 3)) / 255                                 # (N, L, D / 3, 3)
         x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
         row, col = grid.clamp(min=0).unbind(-1)                                 # padding is that of whole images
@@ -221,7 +228,7 @@ class Tower(Freezable):
         x = self.ln_pre(x)
         for block in self.h:
             x = block(x)
-        return self.ln_post(x[:, n_cls:])
+        return self.ln_post(x if config.vision_cls else x[:, n_cls:])
 
 def sinusoids(length, width):
     """(length, width) table of sines and cosines of falling frequency, with an RMS of 0.3."""
@@ -848,7 +855,7 @@ class Vision(nn.Module):
             self.encoder = PretrainedEncoder(config, load)
         elif is_deepencoder(config):
             self.encoder = DeepEncoder(config, load)
-        elif config.vision_encoder in ('siglip', 'clip'):
+        elif config.vision_encoder in ('siglip', 'clip', 'eva'):
             self.encoder = Tower(config)
         elif config.vision_encoder == 'vit':
             self.encoder = ViT(config)

@@ -12,6 +12,7 @@ and LLaVA: names of fields and tensors.
 """
 
 import json
+import math
 import os
 import pickle
 from collections import defaultdict
@@ -233,6 +234,9 @@ def vision_of(checkpoint, source, connector):
     prefixes = ('vision.encoder.', 'vision.qformer.') if connector == 'qformer' else ('vision.encoder.',)
     state = {name: p.float() for name, p in checkpoint['model'].items() if name.startswith(prefixes)}
     names = ENCODER_FIELDS if args['vision_encoder'] else ()
+    if args['vision_encoder'] == 'eva':  # BLIP-2's own stays with it: it is ten times as large as its Q-Former
+        state = {name: p for name, p in state.items() if not name.startswith('vision.encoder.')}
+        names = ()
     if any(name.startswith('vision.qformer.') for name in state):
         names += tuple(QFORMER_FIELDS)
     elif not state:
@@ -427,7 +431,37 @@ def read_blip2(config, tensors):
         if name.startswith(('qformer.', 'query_tokens', 'embeddings.', 'vision_model.post_layernorm.')):
             name = rename(name, BLIP2)
             state[f'vision.qformer.{name}'] = p[0] if name == 'queries' else p
+    if 'itm_head.weight' in tensors:
+        add_first_stage(args, state, config, tensors)
     return args, state
+
+def add_first_stage(args, state, config, tensors):
+    """Adds what makes a BLIP-2 for retrieval whole: its encoder and its heads."""
+    vision = {**EVA_DEFAULTS, **config['vision_config']}
+    check_supported(vision, {'hidden_act': 'gelu', 'layer_norm_eps': 1e-6})
+    wte = state['vision.qformer.wte.weight']
+    # two more ids, as blip2.py has them: BERT's [CLS], and [DEC], which is the last
+    state['vision.qformer.wte.weight'] = torch.cat([wte, wte[BERT_CLS:BERT_CLS + 1], wte[-1:]])
+    args.update({ours: vision[theirs] for ours, theirs in TOWER_FIELDS.items()})
+    args.update(objective='itc+itm', vision_encoder='eva', vision_layer=-1, vision_cls=True, image_fit='squash', **CLIP_COLORS,
+                vocab_size=len(wte), image_token=len(wte), block_size=len(state['vision.qformer.wpe.weight']),
+                proj_dim=len(tensors['vision_projection.weight']))
+    names = {'vision_projection': 'image_proj', 'text_projection': 'text_proj', 'itm_head': 'itm_head'}
+    for name, p in tensors.items():
+        part = name.partition('.')[0]
+        if part in names:
+            state[name.replace(part, names[part])] = p
+    state['logit_scale'] = torch.tensor(math.log(1 / 0.07))  # is not in the file
+    for name, p in tensors.items():
+        if not name.startswith('vision_model.') or 'post_layernorm' in name:
+            continue
+        rest = rename(name.removeprefix('vision_model.'), EVA)
+        if rest == 'patch_embed.weight':
+            p = p.permute(0, 2, 3, 1).flatten(1)
+        elif rest in ('cls', 'wpe'):
+            p = p[0, 0] if rest == 'cls' else p[0]
+            rest = rest.replace('wpe', 'wpe.weight')
+        state[f'vision.encoder.{rest}'] = p
 
 # vision-language models. Their text model is one of the above, their encoder vision.py's Tower
 
@@ -445,6 +479,12 @@ LLAMA_DEFAULTS = {'hidden_size': 4096, 'intermediate_size': 11008, 'num_hidden_l
                   'max_position_embeddings': 2048, 'rms_norm_eps': 1e-6, 'vocab_size': 32000}
 SIGLIP_DEFAULTS = {'hidden_size': 1152, 'intermediate_size': 3072, 'num_hidden_layers': 12, 'num_attention_heads': 16,
                    'image_size': 224, 'patch_size': 32}
+
+EVA_DEFAULTS = {'hidden_size': 1408, 'intermediate_size': 6144, 'num_hidden_layers': 39, 'num_attention_heads': 16,
+                'image_size': 224, 'patch_size': 14}
+EVA = {**TOWER, 'self_attn.qkv': 'c_attn', 'self_attn.projection': 'attn_proj'}
+BERT_CLS = 101
+CLIP_COLORS = {'image_mean': (0.48145466, 0.4578275, 0.40821073), 'image_std': (0.26862954, 0.26130258, 0.27577711)}
 
 def read_smolvlm(config, tensors):
     """A SmolVLM's, SmolVLM2's or Idefics3's config.json and tensors as model_args and state dict."""
@@ -511,7 +551,7 @@ def read_tower(config, tensors, kind, layer, has_norm=False):
     args = {ours: config[theirs] for ours, theirs in TOWER_FIELDS.items()}
     args.update(vision_encoder=kind, vision_layer=layer, image_positions='each')
     if kind == 'clip':
-        args.update(image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(0.26862954, 0.26130258, 0.27577711))
+        args.update(CLIP_COLORS)
     n_layer = range(args['vision_n_layer'])[layer] + 1
     state = {}
     for name, p in tensors.items():

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dataloader import collate, frame_images, get_tokenizer, tokenize
-from patches import preprocess, separate_tiles
-from sample import prompt_example
+from patches import collate_images, preprocess, separate_tiles
+from sample import prompt_example, similarity
 from weights import load_model, read_weights
 
 MARKS = ['<fake_token_around_image>', '<global-img>', *(f'<row_{r}_col_{c}>' for r in range(1, 7) for c in range(1, 7))]
@@ -53,7 +53,7 @@ def randomize(model):
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn_like(p) * (0.25 if p.dim() > 1 else 0.1) + ('norm' in name and 'weight' in name))
+            p.copy_(torch.randn_like(p) * (0.25 if p.dim() > 1 else 0.1) + ('norm' in name.lower() and 'weight' in name))
     return model.eval()
 
 
@@ -279,3 +279,82 @@ def test_an_export_is_hugging_faces_again(smolvlm, tmp_path, kind):
     images = [picture(150, 100)]
     compare(tmp_path / 'export', theirs, processor, QUESTION, images)
     compare(source, again, processor, QUESTION, images)
+
+
+# -----------------------------------------------------------------------------
+# BLIP-2, for retrieval
+
+CAPTIONS = ['Two birds on a wire.', 'a CAT, sleeping', 'nothing', "the dog's ball in 1999"]
+
+
+@pytest.fixture(scope='module')
+def blip2(tmp_path_factory):
+    """A BLIP-2 of Hugging Face's with random weights, a WordPiece tokenizer as BERT's, and their folder."""
+    folder = tmp_path_factory.mktemp('blip2')
+    words = 'two birds on a wire cat sleeping nothing the dog ball in 19 99 ##99 ##s s . , ##leep ##ing b w'.split()
+    letters = [*'abcdefghijklmnopqrstuvwxyz0123456789\'']
+    vocab = ['[PAD]', *(f'[unused{i}]' for i in range(99)), '[UNK]', '[CLS]', '[SEP]', '[MASK]', *words,
+             *(letter for letter in letters if letter not in words), *(f'##{letter}' for letter in letters if letter != 's')]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({word: i for i, word in enumerate(vocab)}, unk_token='[UNK]'))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece()
+    backend.post_processor = tokenizers.processors.BertProcessing(('[SEP]', 102), ('[CLS]', 101))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token='[CLS]', sep_token='[SEP]', pad_token='[PAD]', unk_token='[UNK]',
+        mask_token='[MASK]')
+    tokenizer.add_special_tokens({'bos_token': '[DEC]'})
+    tokenizer.save_pretrained(folder)
+    config = transformers.Blip2Config(
+        vision_config=dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+                           patch_size=7),
+        qformer_config=dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64,
+                            vocab_size=len(tokenizer), max_position_embeddings=40, encoder_hidden_size=24,
+                            use_qformer_text_input=True),
+        num_query_tokens=5, image_text_hidden_size=8)
+    theirs = randomize(transformers.Blip2ForImageTextRetrieval(config))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            p.mul_(4 if 'qformer' in name and p.dim() > 1 else 1)
+    theirs.save_pretrained(folder)
+    transformers.BlipImageProcessorPil(size={'height': 28, 'width': 28}).save_pretrained(folder)
+    return theirs, tokenizer, folder
+
+
+@torch.no_grad()
+def test_blip2_scores_images_and_captions_as_hugging_faces_does(blip2):
+    theirs, tokenizer, folder = blip2
+    ours = load_model(str(folder)).eval()
+    enc = get_tokenizer(str(folder))
+    pictures = [picture(60, 40, 1), picture(20, 50, 2), picture(28, 28, 3)]
+    pixels = transformers.BlipImageProcessorPil.from_pretrained(folder)(pictures, return_tensors='pt')['pixel_values']
+    inputs = tokenizer(CAPTIONS, padding=True, return_tensors='pt')
+    ids = [enc.encode(caption) + enc.end_ids[:1] for caption in CAPTIONS]
+    for own, row, mask in zip(ids, inputs['input_ids'], inputs['attention_mask']):
+        assert [101, *own] == row[mask > 0].tolist()
+    ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=-1)
+    images = collate_images([preprocess(image, ours.config) for image in pictures], ours.config)
+    features, valid = ours.vision.features(*images)
+    expected = theirs(pixel_values=pixels, input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'])
+    scores = similarity(ours.image_embeds(images), ours.text_embeds(ids))
+    torch.testing.assert_close(scores, expected.logits_per_image, atol=1e-4, rtol=1e-4)
+    assert min(expected.logits_per_image.std(dim).min() for dim in (0, 1)) > 0.02
+    for n in range(3):
+        expected = theirs(pixel_values=pixels[[n] * 4], input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'],
+                          use_image_text_matching_head=True).logits_per_image
+        own = ours.matching_logits(features[[n] * 4], valid[[n] * 4], ids)
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_blip2_retrieves_from_the_command_line(blip2, tmp_path):
+    _, _, folder = blip2
+    for i in range(len(CAPTIONS)):
+        picture(40, 30, i).save(tmp_path / f'{i}.png')
+    rows = [{'text': f'<image>{caption}', 'images': [f'{i}.png']} for i, caption in enumerate(CAPTIONS)]
+    (tmp_path / 'val.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    process = inside('sample.py', f'--init_from={folder}', f'--eval={tmp_path}/val.jsonl', f'--out_dir={tmp_path}/out',
+                     '--device=cpu')
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout)
+    assert result['n'] == 4 and result['chance_r1'] == 0.25 and 0 <= result['i2t_r1'] <= 1
+    assert (tmp_path / 'out' / 'eval.png').exists()

@@ -21,7 +21,7 @@ from model import GPTConfig
 from patches import collate_images, num_tokens, preprocess
 from sample import image_caption_pairs, mean_cosine, recall, similarity
 from vision import QFormer
-from weights import QFORMER_TEXT, load_weights, read_blip2, read_weights, vision_of
+from weights import QFORMER_FIELDS, QFORMER_TEXT, load_weights, read_blip2, read_weights, vision_of
 
 QFORMER = dict(connector='qformer', n_queries=5, qformer_n_layer=4, qformer_n_head=2, qformer_n_embd=16)
 
@@ -47,7 +47,7 @@ def blip2(tmp_path_factory):
     config = transformers.Blip2Config(
         vision_config=dict(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28,
                            patch_size=14),
-        qformer_config=dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, vocab_size=40,
+        qformer_config=dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, vocab_size=120,
                             max_position_embeddings=20, encoder_hidden_size=24, use_qformer_text_input=True),
         num_query_tokens=5, image_text_hidden_size=8)
     theirs = transformers.Blip2ForImageTextRetrieval(config).eval()
@@ -63,7 +63,7 @@ def blip2(tmp_path_factory):
 def test_outputs_equal_those_of_hugging_faces_blip2(blip2, objective):
     theirs, folder = blip2
     args, state = vision_of(read_weights(folder), folder, 'qformer')
-    ours = QFormer(GPTConfig(connector='qformer', block_size=20, **args), 24, vocab_size=40)
+    ours = QFormer(GPTConfig(connector='qformer', block_size=20, **args), 24, vocab_size=122)
     ours.load_state_dict({name.removeprefix('vision.qformer.'): p for name, p in state.items()})
     has_image = objective != 'text'
     (image, valid), ids = random_features(), captions(9, 4, 6)
@@ -611,6 +611,9 @@ def test_the_shape_of_qformer_align_is_that_of_the_published_blip2():
         theirs = transformers.Blip2ForImageTextRetrieval(transformers.Blip2Config(
             qformer_config=dict(vocab_size=30523, use_qformer_text_input=True), image_text_hidden_size=256))
     args, state = read_blip2(theirs.config.to_dict(), theirs.state_dict())
+    assert (args['vision_n_embd'], args['vision_n_layer'], args['vocab_size'], args['block_size']) == (1408, 39, 30523, 512)
+    args = {name: args[name] for name in ('connector', *QFORMER_FIELDS)}
+    state = {name: p for name, p in state.items() if name.startswith('vision.qformer.')}
     recipe = configure(dict(vars(train_script)), GPTConfig, [str(ROOT / 'config' / 'qformer_align.py')])
     assert {name: recipe[name] for name in args} == args
     encoder = 'EVA01-g-14/laion400m_s11b_b41k'
