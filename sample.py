@@ -1013,8 +1013,11 @@ def export_model(model, enc, config):
     save_file(weights, folder / 'glimpse.safetensors', metadata={'glimpse': json.dumps(about)})
     for path in enc.files:
         shutil.copy(path, folder)
-        for image_processor in path.parent.glob('p*processor_config.json'):
-            shutil.copy(image_processor, folder)
+    for path in Path(enc.files[0]).parent.glob('preprocessor_config.json') if enc.files else ():
+        policy = json.loads(path.read_text(encoding='utf-8'))
+        if model.config.max_image_side:
+            policy |= {'size': {'longest_edge': model.config.max_image_side}, 'do_image_splitting': model.config.tile_marks}
+        (folder / path.name).write_text(json.dumps(policy, indent=2))
     note(f'{export}: {", ".join(sorted(os.listdir(export)))}')
 
 def main():

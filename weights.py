@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from blip2 import QFormerPretraining
 from model import GPT, GPTConfig
-from vision import complete_config, fingerprint
+from vision import Tower, complete_config, fingerprint
 
 def load_model(source, **overrides):
     """The model of any source that `read_weights` reads, with some fields of its configuration changed."""
@@ -201,9 +201,11 @@ def resize_embedding(table, rows):
 
 def checkpoint_state(model):
     """The tensors that a checkpoint has to hold: not those that a name and a fingerprint bring back, of a
-    frozen pretrained encoder, and in a LoRA run of the model that it adapts.
+    frozen pretrained encoder, and in a LoRA run of the model that it adapts, with a frozen encoder that came with it.
     """
-    left_out = ('vision.encoder.',) if published_fingerprint(model) else ()
+    is_frozen = model.vision is not None and not any(p.requires_grad for p in model.vision.encoder.parameters())
+    came_with_base = model.base_model and is_frozen and isinstance(model.vision.encoder, Tower)
+    left_out = ('vision.encoder.',) if published_fingerprint(model) or came_with_base else ()
     return {name: p for name, p in model.state_dict().items()
             if not name.startswith(left_out)
             and (not model.base_model or name.startswith('vision.') or '.lora_' in name)}

@@ -195,8 +195,10 @@ def test_greedy_answers_are_theirs(smolvlm):
 
 
 def test_it_answers_and_trains(smolvlm, tmp_path):
-    """From the command line: an answer, then LoRA on a few rows, from whose checkpoint it answers again."""
-    folder, _, _ = smolvlm
+    """From the command line: an answer, then LoRA on a few rows; its checkpoint answers, too, and Hugging Face's class computes
+    the same of what is exported.
+    """
+    folder, _, processor = smolvlm
     picture(100, 80).save(tmp_path / 'x.png')
     process = inside('sample.py', f'--init_from={folder}', '--image', tmp_path / 'x.png', '--prompt', 'What is in this image?',
                      '--max_new_tokens=4', '--device=cpu')
@@ -212,12 +214,25 @@ def test_it_answers_and_trains(smolvlm, tmp_path):
     assert process.returncode == 0, process.stderr
     checkpoint = torch.load(tmp_path / 'out' / 'ckpt.pt', weights_only=True)
     assert checkpoint['model_args']['max_image_side'] == 128 and checkpoint['model_args']['tile_marks']
-    assert not any('lora' not in name and name.startswith('transformer') for name in checkpoint['model'])
+    # the base model brings back the rest
+    assert all('.lora_' in name or name.startswith('vision.connector.') for name in checkpoint['model'])
     evals = [json.loads(line)['eval'] for line in (tmp_path / 'out' / 'log.jsonl').read_text().splitlines() if 'eval' in line]
     assert evals[-1]['val_loss'] < 0.5 * evals[0]['val_loss']
     process = inside('sample.py', f'--out_dir={tmp_path}/out', '--image', tmp_path / 'x.png', '--prompt', 'What is it?',
                      '--max_new_tokens=20', '--device=cpu')
     assert process.returncode == 0 and process.stdout.strip(), process.stderr
+    process = inside('sample.py', f'--out_dir={tmp_path}/out', f'--export={tmp_path}/export', '--device=cpu')
+    assert process.returncode == 0, process.stderr
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / 'export').eval()
+    images = transformers.Idefics3ImageProcessorPil.from_pretrained(tmp_path / 'export')
+    assert images.size['longest_edge'] == 128
+    processor = transformers.Idefics3Processor(images, processor.tokenizer, image_seq_len=4, chat_template=SMOLVLM_TEMPLATE)
+    compare(tmp_path / 'export', theirs, processor, QUESTION, [Image.open(tmp_path / 'x.png')])
+    trained = load_model(f'{tmp_path}/out/ckpt.pt', lora_rank=0).state_dict()
+    exported = load_model(str(tmp_path / 'export')).state_dict()
+    assert torch.equal(trained['transformer.h.0.attn.c_attn.weight'], exported['transformer.h.0.attn.c_attn.weight'])
+    original = load_model(str(folder)).state_dict()
+    assert not torch.equal(original['transformer.h.0.attn.c_attn.weight'], exported['transformer.h.0.attn.c_attn.weight'])
 
 
 def test_image_tokens_are_in_no_loss(smolvlm):
