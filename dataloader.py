@@ -862,7 +862,7 @@ def tokenize(example, tokenizer, config, loss_on='assistant', prompt_only=False,
     if sources and not config.vision_encoder:
         raise ValueError('the example has an image, but the model has no vision_encoder')
     pieces = segments(example, tokenizer, loss_on, prompt_only)
-    if config.max_image_side:
+    if sources and config.max_image_side:
         sources, pieces = frame_images(sources, pieces, tokenizer, config)
     images = [cache[source] if cache and isinstance(source, str) else preprocess(load_image(source), config)
               for source in sources]
@@ -913,9 +913,8 @@ def frame_images(sources, pieces, tokenizer, config):
         if rows:
             frame.append(('\n', False, False))
         frames.append([*frame, mark(fake), mark('<global-img>'), mark(IMAGE), mark(fake)])
-    n_marks = sum(piece[:2] == (IMAGE, True) for piece in pieces)
-    if n_marks != len(frames):
-        return images, pieces  # `tokenize` says so
+    if sum(piece[:2] == (IMAGE, True) for piece in pieces) != len(frames):
+        return sources, pieces  # `tokenize` says so
     frames = iter(frames)
     framed = [next(frames) if piece[:2] == (IMAGE, True) else [piece] for piece in pieces]
     return images, list(itertools.chain(*framed))

@@ -266,6 +266,8 @@ def test_tile_marks_need_a_tokenizer_that_has_them(smolvlm):
     config = load_model(str(folder)).config
     with pytest.raises(ValueError, match='has none of the tokens that mark tiles'):
         frame_images([picture(9, 9)], [], get_tokenizer('bytes'), config)
+    with pytest.raises(ValueError, match='the example has 2 images, but its text has 1 <image>'):
+        tokenize({'text': 'x <image>', 'images': [picture(200, 200), picture(9, 9)]}, get_tokenizer(str(folder)), config)
     assert len(preprocess(picture(64, 64), config)[0]) == 64
     assert prompt_example('x', ['a'], True)['messages'][0]['content'] == '<image>\nx'
 
