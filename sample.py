@@ -196,10 +196,11 @@ def attention_sheet(model, enc, example, text):
     places = (idx[0] == config.image_token).nonzero()[:, 0].cpu()
     views = []
     for patches, grid in tokens['images']:
-        own, places = places.split([num_tokens((patches, grid), config), len(places) - num_tokens((patches, grid), config)])
+        n = num_tokens((patches, grid), config)
+        own, places = places[:n], places[n:]
         if config.image_newlines:
             order = arrange(grid, config)
-            own = own[order >= 0][order[order >= 0].argsort()]
+            own = own[order >= 0][order[order >= 0].argsort()]  # as the encoder has them, without newlines
         views.append((picture(patches, grid, config), token_cells(grid, config), own))
     word_of = [max(0, len(enc.decode(ids[:i + 1]).split()) - 1) for i in range(len(ids))]
     cells, captions = [], []
