@@ -701,7 +701,7 @@ def read_words(path):
 def read_hugging_face(name, system_prompt, marks, switches):
     """The HuggingFaceTokenizer of a tokenizer.json, of a folder with it or of OWNER/NAME on the hub."""
     folder = Path(name)
-    file_names = ['tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja']
+    file_names = ['tokenizer.json', 'tokenizer_config.json', 'chat_template.json', 'chat_template.jinja']
     if folder.suffix == '.json':
         file_names[0] = folder.name
         folder = folder.parent

@@ -297,7 +297,7 @@ def published_folder(source):
     if os.path.isdir(source):
         return source
     from huggingface_hub import snapshot_download
-    patterns = ['*config.json', 'model*.safetensors*', 'token*.json', 'chat_template.jinja']
+    patterns = ['*config.json', 'model*.safetensors*', 'token*.json', 'chat_template.*']
     name = f'openai-community/{source}' if source in GPT2 else source
     try:
         return snapshot_download(name, allow_patterns=patterns)
@@ -498,7 +498,7 @@ def read_smolvlm(config, tensors):
     args, encoder = read_tower(config['vision_config'], tensors, 'siglip', -1, has_norm=True)
     args.update(connector='shuffle', pool_size=config['scale_factor'], image_fit='squash', image_token=config['image_token_id'],
                 tile_marks=images.get('do_image_splitting', True),
-                max_image_side=images.get('size', {}).get('longest_edge', 4 * size))
+                max_image_side=images.get('size', {}).get('longest_edge', 4 * size), **colors_of(images))
     projection = tensors['model.connector.modality_projection.proj.weight']
     return {**text, **args}, {**state, **encoder, 'vision.connector.net.0.weight': projection}
 
@@ -518,12 +518,16 @@ def read_llava(config, tensors):
     args, encoder = read_tower(config['vision_config'], tensors, kind, layer)
     is_cropped = images.get('do_center_crop', kind == 'clip')
     args.update(connector='mlp', image_fit='crop' if is_cropped else 'squash',
-                image_token=config.get('image_token_index', config.get('image_token_id')))
+                image_token=config.get('image_token_index', config.get('image_token_id')), **colors_of(images))
     for i, name in enumerate(('linear_1', 'linear_2')):
         for part in ('weight', 'bias'):
             tensor = next(p for key, p in tensors.items() if key.endswith(f'multi_modal_projector.{name}.{part}'))
             state[f'vision.connector.net.{2 * i}.{part}'] = tensor
     return {**text, **args}, {**state, **encoder}
+
+def colors_of(preprocessor):
+    """The mean and std of the pixels, if a preprocessor_config.json has them."""
+    return {key: tuple(preprocessor[key]) for key in ('image_mean', 'image_std') if key in preprocessor}
 
 def read_text_of(config, tensors):
     """The text model in a vision-language model as model_args and state dict."""

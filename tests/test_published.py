@@ -140,9 +140,13 @@ def test_smolvlm_without_tiles(smolvlm, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     policy = json.loads((tmp_path / 'preprocessor_config.json').read_text())
-    (tmp_path / 'preprocessor_config.json').write_text(json.dumps({**policy, 'do_image_splitting': False}))
     processor = transformers.Idefics3Processor.from_pretrained(folder)
-    images = transformers.Idefics3ImageProcessorPil(**{**policy, 'do_image_splitting': False})
+    policy |= {'do_image_splitting': False, 'image_mean': [0.4, 0.5, 0.6]}
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(policy))
+    # older files have the template in a .json
+    (tmp_path / 'chat_template.jinja').unlink()
+    (tmp_path / 'chat_template.json').write_text(json.dumps({'chat_template': SMOLVLM_TEMPLATE}))
+    images = transformers.Idefics3ImageProcessorPil(**policy)
     processor = transformers.Idefics3Processor(images, processor.tokenizer, image_seq_len=4, chat_template=SMOLVLM_TEMPLATE)
     batch, ours = compare(tmp_path, theirs, processor, QUESTION, [picture(300, 150)])
     assert (batch['idx'] == 2).sum() == 4 and not ours.config.tile_marks
