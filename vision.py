@@ -855,7 +855,7 @@ class Vision(nn.Module):
             self.encoder = PretrainedEncoder(config, load)
         elif is_deepencoder(config):
             self.encoder = DeepEncoder(config, load)
-        elif config.vision_encoder in ('siglip', 'clip', 'eva'):
+        elif config.vision_encoder in ('siglip', 'clip', 'eva') and config.image_size:
             self.encoder = Tower(config)
         elif config.vision_encoder == 'vit':
             self.encoder = ViT(config)

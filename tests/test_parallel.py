@@ -94,7 +94,7 @@ def test_bfloat16_blocks_have_losses_near_those_of_ddp(tmp_path):
 
 
 SIZES = """
-import json, os, types, torch, conftest, train, vision
+import json, os, types, torch, conftest, train, patches
 config = conftest.optimizer_config(parallel='fsdp', fsdp_size=0, optimizer='muon')
 torch.distributed.init_process_group('gloo')
 env = types.SimpleNamespace(rank=torch.distributed.get_rank(), world_size=2, device_type='cpu', dtype='float32', device='cpu')
@@ -104,7 +104,7 @@ train.shard(model, config, env)
 optimizers = train.configure_optimizers(model, config)
 for _ in range(2):  # after an evaluation, too
     idx = torch.arange(60).view(2, 30)
-    batch = conftest.batch_of_ids(idx, idx, collate_images([], model.config))
+    batch = conftest.batch_of_ids(idx, idx, patches.collate_images([], model.config))
     with train.whole_weights(model):
         assert sum(p.numel() for p in model.parameters()) == n_all
         assert not any(isinstance(p, train.DTensor) for p in model.parameters())
