@@ -120,7 +120,7 @@ def test_batch_without_images_gives_gradients_of_zero():
 def test_unknown_names_raise():
     with pytest.raises(ValueError, match='vision_encoder must be vit, deepencoder, deepencoder_tiny, an encoder of open_clip'):
         make_model(vision_encoder='clip')
-    with pytest.raises(ValueError, match='connector must be linear, mlp, pool or qformer'):
+    with pytest.raises(ValueError, match='connector must be linear, mlp, pool, shuffle or qformer'):
         make_model(connector='perceiver')
 
 
