@@ -53,7 +53,7 @@ out_dir = 'out'
 init_from = 'scratch'          # scratch, resume (from out_dir), a checkpoint's path, or a published model: gpt2 to
 #                                gpt2-xl, OWNER/NAME on the hub or a folder with a GPT-2, Llama (SmolLM2), Qwen2, Qwen3,
 #                                SmolLM3, SmolVLM or LLaVA
-vision_from = ''               # a checkpoint whose small ViT or Q-Former becomes this model's, or for its Q-Former a
+vision_from = ''               # a checkpoint whose small ViT, deepencoder or Q-Former becomes this model's, or for its Q-Former a
 #                                BLIP-2 on the hub or in a folder: Salesforce/blip2-itm-vit-g
 eval_interval = 500            # steps between two evaluations, each with a checkpoint
 log_interval = 10              # steps between two lines of log.jsonl
@@ -79,7 +79,7 @@ tasks = 'ocr:1'                # what plain text becomes: ocr, continuation, tex
 loss_on = 'assistant'          # of conversations: the assistant's messages are in the loss; or all text
 gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
 batch_size = 12                # examples, or packed rows, in a micro-batch
-block_size = 1024              # positions of a sequence; an image takes one
+block_size = 1024              # positions of a sequence; an image takes one, see image_positions
 packing = False                # several documents in a row of block_size tokens, each attends to itself only
 max_images = 8                 # packing: images in a row, at most; with compile each row is padded to as many
 num_workers = 1                # processes that draw and tokenize ahead; 0 does it in the training process
