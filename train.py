@@ -53,8 +53,8 @@ out_dir = 'out'
 init_from = 'scratch'          # scratch, resume (from out_dir), a checkpoint's path, or a published model: gpt2 to
 #                                gpt2-xl, OWNER/NAME on the hub or a folder with a GPT-2, Llama (SmolLM2), Qwen2, Qwen3,
 #                                SmolLM3, SmolVLM or LLaVA
-vision_from = ''               # a checkpoint whose small ViT, deepencoder or Q-Former becomes this model's, or for its Q-Former a
-#                                BLIP-2 on the hub or in a folder: Salesforce/blip2-itm-vit-g
+vision_from = ''               # a checkpoint whose small ViT, deepencoder or Q-Former becomes this model's, or for its Q-Former
+#                                a BLIP-2 on the hub or in a folder: Salesforce/blip2-itm-vit-g
 eval_interval = 500            # steps between two evaluations, each with a checkpoint
 log_interval = 10              # steps between two lines of log.jsonl
 eval_iters = 8                 # micro-batches for each loss of an evaluation
