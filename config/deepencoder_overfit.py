@@ -3,6 +3,8 @@ overfit.py with DeepSeek-OCR's encoder in small: is it wired right, from the fil
 
     python train.py config/deepencoder_overfit.py
     python train.py config/deepencoder_overfit.py --dataset=olmocr --block_size=2048   # the first ten of a dataset of yours
+
+Measured 2026-11-26, one core of an AMD EPYC: 108 s of CPU time, CER 0.
 """
 out_dir = 'out/deepencoder_overfit'
 dataset = 'assets/tasks'

@@ -6,7 +6,7 @@ CER does not become 0, something between the file and the loss is wired wrongly.
     python train.py config/overfit.py --dataset=chartqa      # the first ten of a dataset of yours
 
 assets/tasks has one example of each of ten datasets, as prepare_data.py writes them; their images are drawn. Measured
-2026-11-26, one core of an AMD EPYC, CPU time: linear 83 s, mlp 83, pool 69, qformer 73, timm's test_vit 85; with
+2026-11-26, one core of an AMD EPYC, CPU time: linear 83 s, mlp 83, pool 69, qformer 73, timm's test_vit 112; with
 --vision_lr=0 and random weights ViT-B-32 (90 steps) 109 s, naflexvit_base (66 steps) 117 s. CER is 0 for each.
 """
 out_dir = 'out/overfit'
