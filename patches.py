@@ -32,6 +32,10 @@ def is_native(config):
 def is_deepencoder(config):
     return config.vision_encoder in ('deepencoder', 'deepencoder_tiny')
 
+def keeps_class_token(config):
+    """Whether the first image token is the encoder's class token."""
+    return config.vision_cls and is_pretrained(config) or config.vision_encoder == 'eva'
+
 def cell_size(config):
     """Side, in patches, of the square that becomes an image token: 4 for deepencoder, pool_size for pool, shuffle; else 1."""
     if is_deepencoder(config):
@@ -74,8 +78,7 @@ def cut_into_patches(image, config):
     grid[:, math.ceil(width / pw):] = -1
     patches = cut(pixels, k, ph, pw)                                            # (L, ph * pw * 3)
     grid = cut(grid, k, 1, 1)                                                   # (L, 2)
-    has_cls = config.vision_cls and (is_pretrained(config) or config.vision_encoder == 'eva')
-    if has_cls:  # an entry for the class token, which has no patch
+    if keeps_class_token(config):  # an entry for the class token, which has no patch
         patches = F.pad(patches, (0, 0, 1, 0))
         grid = F.pad(grid, (0, 0, 1, 0))
     return patches, grid
@@ -118,14 +121,15 @@ def tile_shape(width, height, config):
     return best
 
 def separate_tiles(image, config):
-    """SmolVLM's tiles (config.tile_marks), each an image of its own: the tiles row by row, the whole image last; and how many
-    rows and columns they have, 0 if there is the whole image only. With both sides enlarged to multiples of a tile's.
+    """SmolVLM's tiles (config.tile_marks), each an image of its own: the tiles row by row, then the whole image; and how many
+    rows and columns of tiles there are, 0 if there is only the whole image. The tiles cut an image whose longest side is
+    max_image_side, enlarged to whole tiles.
     """
     size = config.image_size
     resize = lambda image, width, height: image.resize((width, height), Image.Resampling.LANCZOS)
     longest = config.max_image_side
     width, height = image.size
-    # the longest side as long as allowed, the other even, as upstream rounds it
+    # rounded as SmolVLM's own code rounds
     if width >= height:
         width, height = longest, even(int(longest / (width / height)))
     else:
@@ -177,8 +181,8 @@ def resize_to_square(image, config):
     elif config.image_fit == 'squash':
         image = image.resize(size)
     elif config.image_fit == 'crop':
-        scale = config.image_size / min(image.size)
-        image = image.resize((int(image.width * scale), int(image.height * scale)))
+        shorter = min(image.size)
+        image = image.resize([int(config.image_size * side / shorter) for side in image.size])
         left, top = ((side - config.image_size) // 2 for side in image.size)
         image = image.crop((left, top, left + config.image_size, top + config.image_size))
     else:
@@ -257,8 +261,8 @@ def token_cells(grid, config):
     k = cell_size(config)
     return grid.unflatten(0, (-1, k**2)).amax(1) // k
 
-def picture(patches, grid, config):
-    """What an encoder sees of an image, as an RGB PIL image: its patches in their places."""
+def assemble(patches, grid, config):
+    """The patches of an image in their places, as an RGB PIL image: what the encoder reads."""
     ph, pw = config.patch_height, config.patch_width
     rows, cols = (grid.amax(0) + 1).tolist()
     canvas = torch.full((rows, cols, ph, pw, 3), 255, dtype=torch.uint8)

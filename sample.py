@@ -48,7 +48,7 @@ from blip2 import QFormerPretraining
 from configurator import configure, run
 from dataloader import (ASSISTANT, CALL_MARKS, IMAGE, Examples, FileRows, TooLong, collate, count_draws,
                         get_tokenizer, image_error, load_image, open_rows, parse_mixture, tokenize)
-from patches import NEWLINE, arrange, cell_size, collate_images, num_tokens, picture, preprocess, token_cells
+from patches import NEWLINE, arrange, assemble, cell_size, collate_images, num_tokens, preprocess, token_cells
 from weights import build_model, read_weights, to_hugging_face
 
 # -----------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def mark_low_confidence(enc, ids, token_logprobs):
 # and 47 % (tests/bench.py attention out/quickstart, 2026-11-26)
 
 def attention_sheet(model, enc, example, text):
-    """For each word of the answer `text` the image that it attended to most, as the encoder sees it: red, where. The mean over
+    """For each word of the answer `text` the image that it attended to most, as the encoder reads it: red, where. The mean over
     the word's tokens, each at the place from which it was predicted, and over the heads of a layer.
     """
     config = model.config
@@ -201,7 +201,7 @@ def attention_sheet(model, enc, example, text):
         if config.image_newlines:
             order = arrange(grid, config)
             own = own[order >= 0][order[order >= 0].argsort()]  # as the encoder has them, without newlines
-        views.append((picture(patches, grid, config), token_cells(grid, config), own))
+        views.append((assemble(patches, grid, config), token_cells(grid, config), own))
     word_of = [max(0, len(enc.decode(ids[:i + 1]).split()) - 1) for i in range(len(ids))]
     cells, captions = [], []
     for number, word in enumerate(text.split()):
@@ -990,7 +990,7 @@ def write_results(name, table, sheet):
         note(f'{len(table)} rows in {path}.csv')
     if sheet:
         sheet.save(path + '.png')
-        note(f'a picture of them in {path}.png')
+        note(f'drawn in {path}.png')
 
 def export_model(model, enc, config):
     """Writes a new folder: config.json and model.safetensors for Hugging Face's classes (see weights.to_hugging_face), the

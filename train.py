@@ -200,7 +200,7 @@ def init_from_scratch(config, enc):
     args = {name: getattr(config, name) for name in knobs_of(GPTConfig)}
     vision_args, vision_state = read_vision_from(config)
     args.update(vision_args, vocab_size=pad_vocab(enc.n_vocab), image_token=enc.image_id)
-    model = new_model(complete_config(GPTConfig(**args)))
+    model = new_model(complete_config(GPTConfig(**args)), load=not brings_encoder(vision_state))
     if vision_state:
         note(load_vision_from(model, vision_state, config.vision_from))
     return model
@@ -236,7 +236,7 @@ def init_from_checkpoint(config, enc, checkpoint):
         vision_args, vision_state = read_vision_from(config)
         new = {name: getattr(config, name) for name in knobs_of(VisionConfig) if name not in ('block_size', 'n_embd')}
         args.update({**new, **vision_args, 'image_token': enc.image_id})
-    model = build_model(checkpoint, source, **args)
+    model = build_model(checkpoint, source, load=not brings_encoder(vision_state), **args)
     note(f'{source}:\n{model.load_report}')
     if vision_state:
         note(load_vision_from(model, vision_state, config.vision_from))
@@ -274,6 +274,9 @@ def read_vision_from(config):
     changed = [f'{name} {value!r}' for name, value in vision_args.items() if getattr(config, name, value) != value]
     note(f'{config.vision_from}: ' + (', '.join(changed) or 'the configuration of this run'))
     return vision_args, state
+
+def brings_encoder(vision_state):
+    return any(name.startswith('vision.encoder.') for name in vision_state)
 
 def pad_vocab(n):
     """A multiple of 64, for efficiency; the spare ids are never generated."""
@@ -477,9 +480,8 @@ def estimate_flops(model, batch):
     if images is not None and not images[0].is_floating_point():  # cached features skip the encoder
         n_patches = int((images[1][..., 0] >= 0).sum())
     # the first tenth of the compressor's weights acts at a quarter of the places, the rest at a 16th
-    tokens |= {'sam': n_patches, 'compressor': n_patches / 10, 'vision': n_patches}
-    if is_deepencoder(model.config):
-        tokens['vision'] = n_patches // 16
+    n_vision = n_patches // 16 if is_deepencoder(model.config) else n_patches
+    tokens |= {'sam': n_patches, 'compressor': n_patches / 10, 'vision': n_vision}
     lookups = ['wpe.weight', 'row_embed.weight', 'col_embed.weight']  # tables that nothing is multiplied with
     if not model.config.tie_weights:
         lookups.append('wte.weight')

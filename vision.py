@@ -3,7 +3,7 @@ Patches of images -> image tokens: everything between them and the embeddings th
 
     VisionConfig        every knob of this file; model.py's GPTConfig extends it
     ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
-    Tower               patches -> features: the SigLIP, CLIP or EVA of SmolVLM, LLaVA, BLIP-2  (an encoder)
+    PublishedViT               patches -> features: the SigLIP, CLIP or EVA of SmolVLM, LLaVA, BLIP-2  (an encoder)
     PretrainedEncoder   patches -> features: CLIP, SigLIP, DINOv2, ... with published weights   (an encoder)
     DeepEncoder         patches -> features: DeepSeek-OCR's, SAM and CLIP, few tokens for pages (an encoder)
     pool                features -> their mean over each cell of k x k patches
@@ -38,7 +38,8 @@ import torch.nn as nn
 from PIL import Image
 from torch.nn import functional as F
 
-from patches import PADDING, cell_size, collate_images, is_deepencoder, is_native, is_pretrained, preprocess, view_lengths
+from patches import (PADDING, cell_size, collate_images, is_deepencoder, is_native, is_pretrained, keeps_class_token,
+                     preprocess, view_lengths)
 
 def derived(default):
     """A field that no user sets: the tokenizer, or a pretrained encoder, determines it."""
@@ -178,7 +179,7 @@ def quick_gelu(x):
 def tanh_gelu(x):
     return F.gelu(x, approximate='tanh')
 
-class Tower(Freezable):
+class PublishedViT(Freezable):
     """The ViT inside a published vision-language model, for squares of one size, by `vision_encoder`:
 
         siglip  SmolVLM's; LLaVA's with SigLIP
@@ -211,24 +212,25 @@ class Tower(Freezable):
         self.ln_post = nn.LayerNorm(width, eps) if config.connector == 'shuffle' else nn.Identity()
 
     def forward(self, patches, grid):
-        """uint8 patches (N, L, D) of whole squares, grid (N, L, 2) -> features (N, L, C). With vision_cls the first entry of
-        all three is the class token's.
+        """uint8 patches (N, L, D) of whole squares, grid (N, L, 2) -> features (N, L, C). If the class token is kept, it has
+        the first entry of all three.
         """
         config = self.config
-        patches, grid = patches[:, int(config.vision_cls):], grid[:, int(config.vision_cls):]
+        n_kept = int(keeps_class_token(config))
+        patches, grid = patches[:, n_kept:], grid[:, n_kept:]
         x = patches.unflatten(2, (-1, 3)) / 255                                 # (N, L, D / 3, 3)
         x = (x - x.new_tensor(config.image_mean)) / x.new_tensor(config.image_std)
         row, col = grid.clamp(min=0).unbind(-1)                                 # padding is that of whole images
-        place = row * (config.image_size // config.patch_width) + col           # (N, L)
+        position = row * (config.image_size // config.patch_width) + col        # (N, L)
         n_cls = int(self.cls is not None)
-        x = self.patch_embed(x.flatten(2)) + self.wpe(place + n_cls)            # (N, L, C)
+        x = self.patch_embed(x.flatten(2)) + self.wpe(position + n_cls)            # (N, L, C)
         if n_cls:
             cls = (self.cls + self.wpe.weight[0]).expand(len(x), 1, -1)
             x = torch.cat([cls, x], dim=1)
         x = self.ln_pre(x)
         for block in self.h:
             x = block(x)
-        return self.ln_post(x if config.vision_cls else x[:, n_cls:])
+        return self.ln_post(x[:, n_cls - n_kept:])
 
 def sinusoids(length, width):
     """(length, width) table of sines and cosines of falling frequency, with an RMS of 0.3."""
@@ -856,7 +858,7 @@ class Vision(nn.Module):
         elif is_deepencoder(config):
             self.encoder = DeepEncoder(config, load)
         elif config.vision_encoder in ('siglip', 'clip', 'eva') and config.image_size:
-            self.encoder = Tower(config)
+            self.encoder = PublishedViT(config)
         elif config.vision_encoder == 'vit':
             self.encoder = ViT(config)
         else:
@@ -892,11 +894,11 @@ class Vision(nn.Module):
             return patches.float(), grid[..., 0] >= 0
         k = cell_size(self.config)
         x = self.encode(patches, grid)
+        if self.config.connector == 'pool':
+            return pool(x, grid, k)
         valid = (grid[..., 0] >= 0).unflatten(1, (-1, k**2))                    # (N, L', k * k)
         if self.config.connector == 'shuffle':
             x = (x.unflatten(1, (-1, k**2)) * valid[..., None]).flatten(2)      # (N, L', k * k * C)
-        elif not is_deepencoder(self.config):
-            return pool(x, grid, k)
         return x, valid.any(2)
 
     def forward(self, patches, grid, layout=None):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from blip2 import QFormerPretraining
 from model import GPT, GPTConfig
-from vision import Tower, complete_config, fingerprint
+from vision import PublishedViT, complete_config, fingerprint
 
 def load_model(source, **overrides):
     """The model of any source that `read_weights` reads, with some fields of its configuration changed."""
@@ -98,11 +99,11 @@ def read_base_model(path, base_model, args):
     resized = {name: resize_embedding(state[name], args[key]) for name, key in RESIZABLE.items() if name in state}
     return {**state, **resized}
 
-def build_model(checkpoint, source, **overrides):
+def build_model(checkpoint, source, load=True, **overrides):
     """The GPT, or QFormerPretraining, of a dict of `read_weights`, with some fields of its GPTConfig changed:
     vision fields add vision to a text-only model, lora_rank adds LoRA's updates, or merges them if it is 0.
-    The tensors become the model's own, without a copy; model.load_report is the table of what was loaded.
-    Raises ValueError, with the list, if names or shapes do not fit.
+    load=False reads no pretrained encoder: another one's weights come next. The tensors become the model's own,
+    without a copy; model.load_report is the table of what was loaded. Raises ValueError, with the list, if names or shapes do not fit.
     """
     state, args = checkpoint['model'], checkpoint['model_args']
     config = complete_config(GPTConfig(**{**args, **overrides}))
@@ -123,7 +124,7 @@ def build_model(checkpoint, source, **overrides):
         raise ValueError(f'{source} holds no GPT: --vision_from={source} takes over its Q-Former')
     if merges_lora:
         config = replace(config, lora_rank=old_rank)
-    model = new_model(config, load=not has('vision.encoder.'), device='meta')
+    model = new_model(config, load=load and not has('vision.encoder.'), device='meta')
     expected = checkpoint['vision_fingerprint']
     if expected and model.vision.encoder.fingerprint != expected:
         raise ValueError(f'{config.vision_encoder}: these are not the weights that the model was trained with '
@@ -204,7 +205,7 @@ def checkpoint_state(model):
     frozen pretrained encoder, and in a LoRA run of the model that it adapts, with a frozen encoder that came with it.
     """
     is_frozen = model.vision is not None and not any(p.requires_grad for p in model.vision.encoder.parameters())
-    came_with_base = model.base_model and is_frozen and isinstance(model.vision.encoder, Tower)
+    came_with_base = model.base_model and is_frozen and isinstance(model.vision.encoder, PublishedViT)
     left_out = ('vision.encoder.',) if published_fingerprint(model) or came_with_base else ()
     return {name: p for name, p in model.state_dict().items()
             if not name.startswith(left_out)
@@ -434,44 +435,44 @@ def read_blip2(config, tensors):
             name = rename(name, BLIP2)
             state[f'vision.qformer.{name}'] = p[0] if name == 'queries' else p
     if 'itm_head.weight' in tensors:
-        add_first_stage(args, state, config, tensors)
+        more_args, more_state = read_first_stage(config, tensors)
+        args |= more_args
+        state |= more_state
     return args, state
 
-def add_first_stage(args, state, config, tensors):
-    """Adds what makes a BLIP-2 for retrieval whole: its encoder and its heads."""
+def read_first_stage(config, tensors):
+    """What makes a BLIP-2 for retrieval whole: its encoder, its heads, and text embeddings of blip2.py's two own ids."""
     vision = {**EVA_DEFAULTS, **config['vision_config']}
     check_supported(vision, {'hidden_act': 'gelu', 'layer_norm_eps': 1e-6})
-    wte = state['vision.qformer.wte.weight']
-    # two more ids, as blip2.py has them: BERT's [CLS], and [DEC], which is the last
-    state['vision.qformer.wte.weight'] = torch.cat([wte, wte[BERT_CLS:BERT_CLS + 1], wte[-1:]])
-    args.update({ours: vision[theirs] for ours, theirs in TOWER_FIELDS.items()})
-    args.update(objective='itc+itm', vision_encoder='eva', vision_layer=-1, vision_cls=True, image_fit='squash', **CLIP_COLORS,
-                vocab_size=len(wte), image_token=len(wte), block_size=len(state['vision.qformer.wpe.weight']),
+    wte = tensors['embeddings.word_embeddings.weight']
+    args = {ours: vision[theirs] for ours, theirs in VIT_FIELDS.items()}
+    args.update(objective='itc+itm', vision_encoder='eva', vision_layer=-1, image_fit='squash', **CLIP_COLORS,
+                vocab_size=len(wte), image_token=len(wte), block_size=len(tensors['embeddings.position_embeddings.weight']),
                 proj_dim=len(tensors['vision_projection.weight']))
-    names = {'vision_projection': 'image_proj', 'text_projection': 'text_proj', 'itm_head': 'itm_head'}
+    # CLS is BERT's [CLS], DEC its last id, [DEC]
+    state = {'vision.qformer.wte.weight': torch.cat([wte, wte[BERT_CLS:BERT_CLS + 1], wte[-1:]]),
+             'logit_scale': torch.tensor(math.log(1 / 0.07))}  # is not in the file
+    heads = {'vision_projection': 'image_proj', 'text_projection': 'text_proj', 'itm_head': 'itm_head'}
     for name, p in tensors.items():
-        part = name.partition('.')[0]
-        if part in names:
-            state[name.replace(part, names[part])] = p
-    state['logit_scale'] = torch.tensor(math.log(1 / 0.07))  # is not in the file
-    for name, p in tensors.items():
-        if not name.startswith('vision_model.') or 'post_layernorm' in name:
-            continue
-        rest = rename(name.removeprefix('vision_model.'), EVA)
-        if rest == 'patch_embed.weight':
-            p = p.permute(0, 2, 3, 1).flatten(1)
-        elif rest in ('cls', 'wpe'):
-            p = p[0, 0] if rest == 'cls' else p[0]
-            rest = rest.replace('wpe', 'wpe.weight')
-        state[f'vision.encoder.{rest}'] = p
+        if name.startswith(tuple(heads)):
+            state[rename(name, heads)] = p
+        elif name.startswith('vision_model.') and 'post_layernorm' not in name:
+            name = rename(name.removeprefix('vision_model.'), EVA_NAMES)
+            shaped = {'patch_embed.weight': patch_matrix, 'cls': torch.flatten, 'wpe': torch.squeeze}.get(name, lambda p: p)
+            state['vision.encoder.' + name.replace('wpe', 'wpe.weight')] = shaped(p)
+    return args, state
 
-# vision-language models. Their text model is one of the above, their encoder vision.py's Tower
+def patch_matrix(p):
+    """The weights of a convolution over patches, (C, 3, p, p), as a matrix (C, p * p * 3)."""
+    return p.permute(0, 2, 3, 1).flatten(1)
 
-TOWER_FIELDS = {'vision_n_layer': 'num_hidden_layers', 'vision_n_head': 'num_attention_heads', 'vision_n_embd': 'hidden_size',
+# vision-language models. Their text model is one of the above, their encoder vision.py's PublishedViT
+
+VIT_FIELDS = {'vision_n_layer': 'num_hidden_layers', 'vision_n_head': 'num_attention_heads', 'vision_n_embd': 'hidden_size',
                 'vision_n_inner': 'intermediate_size', 'image_size': 'image_size', 'patch_height': 'patch_size',
                 'patch_width': 'patch_size'}
 # parts of names, SigLIP's and CLIP's -> ours; their q_proj, k_proj and v_proj are our c_attn
-TOWER = {'embeddings.patch_embedding': 'patch_embed', 'embeddings.position_embedding': 'wpe',
+VIT_NAMES = {'embeddings.patch_embedding': 'patch_embed', 'embeddings.position_embedding': 'wpe',
          'embeddings.class_embedding': 'cls', 'pre_layrnorm': 'ln_pre', 'post_layernorm': 'ln_post',
          'encoder.layers.': 'h.', 'layer_norm1': 'ln_1', 'layer_norm2': 'ln_2', 'self_attn.out_proj': 'attn_proj',
          'mlp.fc1': 'c_fc', 'mlp.fc2': 'mlp_proj'}
@@ -484,7 +485,7 @@ SIGLIP_DEFAULTS = {'hidden_size': 1152, 'intermediate_size': 3072, 'num_hidden_l
 
 EVA_DEFAULTS = {'hidden_size': 1408, 'intermediate_size': 6144, 'num_hidden_layers': 39, 'num_attention_heads': 16,
                 'image_size': 224, 'patch_size': 14}
-EVA = {**TOWER, 'self_attn.qkv': 'c_attn', 'self_attn.projection': 'attn_proj'}
+EVA_NAMES = {**VIT_NAMES, 'self_attn.qkv': 'c_attn', 'self_attn.projection': 'attn_proj'}
 BERT_CLS = 101
 CLIP_COLORS = {'image_mean': (0.48145466, 0.4578275, 0.40821073), 'image_std': (0.26862954, 0.26130258, 0.27577711)}
 
@@ -495,7 +496,7 @@ def read_smolvlm(config, tensors):
     size = config['vision_config']['image_size']
     check_supported(images.get('max_image_size', {}), {'longest_edge': size})
     text, state = read_text_of(config, tensors)
-    args, encoder = read_tower(config['vision_config'], tensors, 'siglip', -1, has_norm=True)
+    args, encoder = read_vit(config['vision_config'], tensors, 'siglip', -1, has_norm=True)
     args.update(connector='shuffle', pool_size=config['scale_factor'], image_fit='squash', image_token=config['image_token_id'],
                 tile_marks=images.get('do_image_splitting', True),
                 max_image_side=images.get('size', {}).get('longest_edge', 4 * size), **colors_of(images))
@@ -515,7 +516,7 @@ def read_llava(config, tensors):
     if layer not in range(-config['vision_config']['num_hidden_layers'], 0):
         raise ValueError(f'its vision_feature_layer is {layer!r}, not one counted from the last, such as -2')
     text, state = read_text_of(config, tensors)
-    args, encoder = read_tower(config['vision_config'], tensors, kind, layer)
+    args, encoder = read_vit(config['vision_config'], tensors, kind, layer)
     is_cropped = images.get('do_center_crop', kind == 'clip')
     args.update(connector='mlp', image_fit='crop' if is_cropped else 'squash',
                 image_token=config.get('image_token_index', config.get('image_token_id')), **colors_of(images))
@@ -532,9 +533,6 @@ def colors_of(preprocessor):
 def read_text_of(config, tensors):
     """The text model in a vision-language model as model_args and state dict."""
     text = {**LLAMA_DEFAULTS, **config['text_config']}
-    for key in ('tie_word_embeddings', 'vocab_size'):
-        if key in config:
-            text.setdefault(key, config[key])
     if text['model_type'] not in ('llama', 'qwen2'):
         raise ValueError(f'its text model is a {text["model_type"]}, not a llama or qwen2')
     prefixes = ('model.text_model.', 'model.language_model.', 'language_model.model.')
@@ -548,31 +546,28 @@ def read_text_of(config, tensors):
     text['tie_word_embeddings'] = 'lm_head.weight' not in state or config.get('tie_word_embeddings', False)
     return read_llama({key: value for key, value in text.items() if value is not None}, state)
 
-def read_tower(config, tensors, kind, layer, has_norm=False):
+def read_vit(config, tensors, kind, layer, has_norm=False):
     """The encoder in a vision-language model as model_args and state dict, without the layers after `layer`."""
-    activation = {'siglip': 'gelu_pytorch_tanh', 'clip': 'quick_gelu'}[kind]
-    defaults = SIGLIP_DEFAULTS if kind == 'siglip' else {}
-    config = {'hidden_act': activation, 'layer_norm_eps': 1e-6 if kind == 'siglip' else 1e-5, **defaults, **config}
-    check_supported(config, {'hidden_act': activation, 'layer_norm_eps': 1e-6 if kind == 'siglip' else 1e-5})
-    args = {ours: config[theirs] for ours, theirs in TOWER_FIELDS.items()}
+    expected = {'siglip': {'hidden_act': 'gelu_pytorch_tanh', 'layer_norm_eps': 1e-6},
+                'clip': {'hidden_act': 'quick_gelu', 'layer_norm_eps': 1e-5}}[kind]
+    config = {**expected, **(SIGLIP_DEFAULTS if kind == 'siglip' else {}), **config}
+    check_supported(config, expected)
+    args = {ours: config[theirs] for ours, theirs in VIT_FIELDS.items()}
     args.update(vision_encoder=kind, vision_layer=layer, image_positions='each')
     if kind == 'clip':
         args.update(CLIP_COLORS)
     n_layer = range(args['vision_n_layer'])[layer] + 1
     state = {}
     for name, p in tensors.items():
-        _, is_vision, rest = name.replace('vision_tower.vision_model.', 'vision_model.').replace(
-            'vision_tower.', 'vision_model.').partition('vision_model.')
-        if not is_vision or rest.startswith('head.'):
+        match = re.match(r'(?:model\.)?vision_(?:model|tower)\.(?:vision_model\.)?(?!head\.)(.*)', name)
+        if not match:
             continue
-        rest = rename(rest, TOWER)
+        rest = rename(match[1], VIT_NAMES)
         if rest.startswith('h.') and int(rest.split('.')[1]) >= n_layer:
             continue
         if rest.startswith('ln_post') and not has_norm:
             continue
-        if rest == 'patch_embed.weight':
-            p = p.permute(0, 2, 3, 1).flatten(1)  # (C, 3, p, p), as of a convolution
-        state[f'vision.encoder.{rest}'] = p
+        state[f'vision.encoder.{rest}'] = patch_matrix(p) if rest == 'patch_embed.weight' else p
     for i in range(n_layer):
         for part in ('weight', 'bias'):
             names = [f'vision.encoder.h.{i}.self_attn.{x}_proj.{part}' for x in 'qkv']
@@ -594,7 +589,7 @@ def vision_to_hugging_face(model, text, text_state):
     c = model.config
     n_inner = c.vision_n_inner or 4 * c.vision_n_embd
     values = {**vars(c), 'vision_n_layer': len(model.vision.encoder.h), 'vision_n_inner': n_inner}
-    vision = {theirs: values[ours] for ours, theirs in TOWER_FIELDS.items()}
+    vision = {theirs: values[ours] for ours, theirs in VIT_FIELDS.items()}
     config = {'text_config': text, 'vision_config': vision, 'tie_word_embeddings': c.tie_weights, 'dtype': text['dtype']}
     if c.connector == 'shuffle':
         vision['model_type'] = 'smolvlm_vision'
@@ -619,14 +614,14 @@ def vision_to_hugging_face(model, text, text_state):
         if name.startswith('vision.connector.'):
             state[rename(name, connector)] = p
         else:
-            state |= {prefix + theirs: part for theirs, part in to_tower(name.removeprefix('vision.encoder.'), p, c)}
+            state |= {prefix + theirs: part for theirs, part in to_vit(name.removeprefix('vision.encoder.'), p, c)}
     return config, state
 
-def to_tower(name, p, config):
-    """(name, tensor) of a tensor of the Tower as SigLIP and CLIP have it."""
+def to_vit(name, p, config):
+    """(name, tensor) of a tensor of the PublishedViT as SigLIP and CLIP have it."""
     if name == 'patch_embed.weight':
         p = p.unflatten(1, (config.patch_height, config.patch_width, 3)).permute(0, 3, 1, 2).contiguous()
-    name = rename(name, {ours: theirs for theirs, ours in TOWER.items()})
+    name = rename(name, {ours: theirs for theirs, ours in VIT_NAMES.items()})
     if 'c_attn' not in name:
         yield name, p
         return

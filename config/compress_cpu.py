@@ -1,6 +1,6 @@
 """
 How much text fits into an image token? Pages of 8 to 24 characters, read through 1, 4, 9 or 16 tokens: --image_size=48, 96,
-144, 192, at which the encoder sees the same pages. DeepSeek-OCR's encoder in small; with VIT="--vision_encoder=vit
+144, 192, at which the encoder reads the same pages. DeepSeek-OCR's encoder in small; with VIT="--vision_encoder=vit
 --vision_n_embd=128 --vision_n_layer=3" and --connector=pool, or --connector=qformer --n_queries=4, the baselines.
 
     python train.py config/compress_cpu.py --image_size=96 --out_dir=out/deep4

@@ -5,10 +5,11 @@ general images and text, 70, 20 and 10 %.
     for name in docbank olmocr llava_instruct wikitext; do python prepare_data.py $name; done
     torchrun --nproc_per_node=8 train.py config/ocr_mix.py
     torchrun --nproc_per_node=8 train.py config/ocr_mix.py --init_from=HuggingFaceTB/SmolLM2-360M-Instruct \
-        --vision_from=out/ocr_vision/ckpt.pt --vision_lr=0 --learning_rate=2e-5 --gradient_accumulation_steps=32
+        --vision_from=out/ocr_vision/ckpt.pt --vision_lr=0 --learning_rate=2e-5 --connector_lr=2e-5 \
+        --gradient_accumulation_steps=64
 
-The second command is the other published variant: projector and a new GPT, on top of the frozen encoder of stage 1. Rates,
-batches and shares are those published. Not run yet at this size. How many tokens hold a page, compared with baselines:
+The second command is the other published variant: projector and a new GPT, on top of the frozen encoder of stage 1. Rates
+and batches are those published, the shares the paper's. Not run yet at this size. How much text its tokens hold:
 `python sample.py --compression out/ocr_mix --eval=olmocr`; with Fox's pages (README) --eval=fox --bucket=100.
 """
 out_dir = 'out/ocr_mix'

@@ -4,7 +4,7 @@ DeepSeek-OCR's stage 1: SAM, the compressor and CLIP learn to read pages, togeth
     python prepare_data.py docbank && python prepare_data.py olmocr
     torchrun --nproc_per_node=8 train.py config/ocr_vision.py
     torchrun --nproc_per_node=8 train.py config/ocr_vision.py --vision_lr=0 --compressor_lr=1e-3 --connector_lr=1e-3 \
-        --learning_rate=0 --gradient_accumulation_steps=64     # only the compressor and the projector, from scratch: 6M
+        --learning_rate=0 --gradient_accumulation_steps=64     # only the compressor and the projector, from scratch: 7M
 
 A page of 1024 x 1024 pixels is 256 tokens in 273 places; --deepencoder_mode=tiny, small, large and gundam. Rate, schedule,
 batch and length are the paper's; the data are public, the paper's are not. Not run yet at this size: it needs the weights of

@@ -535,12 +535,12 @@ def attention(run):
     them in the line.
     """
     model, enc, config, _ = sample.load(f'{run}/ckpt.pt')
-    evaluation = sample.held_out_examples(config.dataset, config, 'ocr')
+    examples = sample.held_out_examples(config.dataset, config, 'ocr')
     face = render.load_font(config.font, 100)
     hits = torch.zeros(2, model.config.n_layer)
     n = 0
     for i in range(200):
-        example = evaluation[i]
+        example = examples[i]
         text = sample.reference(example)
         tokens = dataloader.tokenize(example, enc, model.config)
         targets = [place for place, target in enumerate(tokens['targets']) if target >= 0][:-1]  # not the end

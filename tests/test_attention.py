@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 from dataloader import get_tokenizer, tokenize
-from patches import arrange, collate_images, picture, preprocess, resize, token_cells
+from patches import arrange, assemble, collate_images, preprocess, resize, token_cells
 from vision import complete_config
 
 BYTES = get_tokenizer('bytes')
@@ -50,7 +50,7 @@ def test_a_picture_is_the_image_as_the_encoder_sees_it(changes):
     config = complete_config(tiny_config(**changes))
     image = noise(32, 24)
     patches, grid = preprocess(image, config)
-    seen = np.asarray(picture(patches, grid, config))
+    seen = np.asarray(assemble(patches, grid, config))
     expected = np.asarray(resize(image, config))
     assert (seen[:expected.shape[0], :expected.shape[1]] == expected).all()
 
@@ -59,7 +59,7 @@ def test_tiles_are_above_the_whole_image():
     config = complete_config(tiny_config(image_size=32, max_tiles=2, image_newlines=True, max_image_tokens=64))
     image = noise(64, 32)
     patches, grid = preprocess(image, config)
-    seen = np.asarray(picture(patches, grid, config))
+    seen = np.asarray(assemble(patches, grid, config))
     assert seen.shape == (64, 64, 3) and (seen[:32] == np.asarray(image)).all() and (seen[32:, 32:] == 255).all()
 
 

@@ -493,27 +493,26 @@ def test_the_two_stages_of_deepseek_ocr(tmp_path, monkeypatch, recipe, variant, 
     process = inside('train.py', *TINY, '--vision_encoder=', '--tasks=text', f'--out_dir={tmp_path}/text')
     assert process.returncode == 0, process.stderr
     small = ['--tokenizer=bytes', '--gradient_accumulation_steps=2', '--batch_size=2', '--block_size=150', '--eval_iters=1',
-             '--eval_samples=2', '--max_iters=2', '--eval_interval=2', '--num_workers=0', '--device=cpu', '--compile=False',
-             '--deepencoder_mode=tiny', '--warmup_iters=0']
+             '--eval_samples=2', '--max_iters=2', '--eval_interval=1', '--keep_checkpoints=2', '--num_workers=0',
+             '--device=cpu', '--compile=False', '--deepencoder_mode=tiny', '--warmup_iters=0']
     first = [*small, f'--init_from={tmp_path}/text/ckpt.pt', f'--dataset={tmp_path}/pages', f'--out_dir={tmp_path}/one']
     if recipe == 'ocr_vision':
         process = inside('train.py', 'config/ocr_vision.py', *first, *variant)
-        before = None
     else:
         assert inside('train.py', 'config/ocr_vision.py', *first).returncode == 0
-        before = read_weights(f'{tmp_path}/one/ckpt.pt')['model']
         start = [f'--init_from={tmp_path}/one/ckpt.pt']
-        if variant:  # a new GPT
+        if variant:  # a new GPT; nothing published is read for an encoder that comes from stage 1
+            monkeypatch.setattr('vision.open_tower', lambda name, load: narrow_tower(name, load) if not load else 1 / 0)
             start = [f'--init_from={tmp_path}/text/ckpt.pt', f'--vision_from={tmp_path}/one/ckpt.pt']
         process = inside('train.py', 'config/ocr_mix.py', *small, *start, *variant, f'--out_dir={tmp_path}/two',
                          f'--dataset={tmp_path}/pages@0.7 {tmp_path}/other@0.2 pydoc@0.1', '--text_dataset=pydoc')
     assert process.returncode == 0, process.stderr
-    trained = {line.split()[0] for line in process.stderr.partition('parameters: ')[2].partition(';')[0].split(', ')
-               if '(0.00M' not in line}
-    assert {'vision' if part == 'clip' else part for part in changing} >= trained
-    if before:
-        after = read_weights(f'{tmp_path}/two/ckpt.pt')['model']
-        encoder = [name for name in before if name.startswith('vision.encoder.')]
-        assert encoder
-        for name in encoder:
-            assert torch.equal(before[name], after[name]) == (name.split('.')[2] not in changing), name
+    out = tmp_path / ('one' if recipe == 'ocr_vision' else 'two')
+    before, after = (read_weights(f'{out}/ckpt_0000000{step}.pt')['model'] for step in (1, 2))
+    for name, p in before.items():
+        part = name.split('.')[2] if name.startswith('vision.encoder.') else name.split('.')[1]
+        part = part if name.startswith('vision.') else 'gpt'
+        assert torch.equal(p, after[name]) == (part not in changing), name
+    if recipe == 'ocr_mix':
+        one = read_weights(f'{tmp_path}/one/ckpt.pt')['model']
+        assert all(torch.equal(p, after[name]) for name, p in one.items() if name.startswith('vision.encoder.sam.'))

@@ -170,6 +170,10 @@ def test_image_fit(fit, corner, middle):
     blue_edge = Image.new('RGB', (64, 32), 'red')
     blue_edge.paste('blue', (0, 0, 8, 32))
     assert (resize_to_square(blue_edge, config).getpixel((0, 16))[2] > 128) == (fit != 'crop')
+    config.image_fit = 'crop'
+    for side in range(1, 400):  # the shorter side comes out exactly
+        image = resize_to_square(Image.new('RGB', (side, side + 7), 'red'), config)
+        assert image.getpixel((31, 31)) == (255, 0, 0)
     config.image_fit = 'stretch'
     with pytest.raises(ValueError, match='image_fit must be native, pad, squash or crop'):
         resize_to_square(image, config)
