@@ -103,7 +103,8 @@ def build_model(checkpoint, source, load=True, **overrides):
     """The GPT, or QFormerPretraining, of a dict of `read_weights`, with some fields of its GPTConfig changed:
     vision fields add vision to a text-only model, lora_rank adds LoRA's updates, or merges them if it is 0.
     load=False reads no pretrained encoder: another one's weights come next. The tensors become the model's own,
-    without a copy; model.load_report is the table of what was loaded. Raises ValueError, with the list, if names or shapes do not fit.
+    without a copy; model.load_report is the table of what was loaded. Raises ValueError, with the list, if names or
+    shapes do not fit.
     """
     state, args = checkpoint['model'], checkpoint['model_args']
     config = complete_config(GPTConfig(**{**args, **overrides}))
