@@ -424,10 +424,22 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # generation
 
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, return_logprobs=False, **more):
+        """Continues each row of idx (B, T) by up to max_new_tokens tokens; all arguments are those of `stream`.
+
+        Returns (B, T') int64: each row its prompt, its continuation, then padding (0 without stop_ids). With
+        return_logprobs also (B, T') log-probabilities in nats, before temperature, top_k and top_p; 0 where nothing was
+        generated.
+        """
+        *_, (out, logprobs, lengths) = self.stream(idx, max_new_tokens, temperature, top_k, **more)
+        end = lengths.max()
+        return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
+
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
-                 stop_ids=(), allowed=None, generator=None, return_logprobs=False, tools=None):
-        """Continues each row of idx (B, T) by up to max_new_tokens tokens. The model should be in eval mode.
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
+               stop_ids=(), allowed=None, generator=None, tools=None):
+        """Generates token by token: yields (out, logprobs, lengths) before the first token and after each, where row b has
+        out[b, :lengths[b]] so far. The three are changed in place. The model should be in eval mode.
 
         images       as in `embed`; they are encoded once
         lengths      (B,) prompt lengths: row b is idx[b, :lengths[b]]. None: all are T
@@ -436,10 +448,7 @@ class GPT(nn.Module):
         temperature, top_k, top_p   as in `sample_token`; generator: a torch.Generator for temperature > 0
         tools        {id: function(ids of a row up to it) -> ids that come next, instead of the model's own}
 
-        Returns (B, T') int64: each row its prompt, its continuation, then padding (0 without stop_ids). A
-        row also ends with its block_size positions. With return_logprobs also (B, T') log-probabilities in
-        nats, before temperature, top_k and top_p; 0 where nothing was generated. Raises ValueError if a
-        prompt alone needs more positions than block_size.
+        A row also ends with its block_size positions. Raises ValueError if a prompt alone needs more than these.
         """
         B, T = idx.shape
         rows = torch.arange(B, device=idx.device)
@@ -463,14 +472,14 @@ class GPT(nn.Module):
         logprobs = torch.zeros((B, S), device=idx.device)
         forced = [[] for _ in range(B)]  # ids that a tool has written and that are not in the row yet
         done = left <= 0
+        yield out, logprobs, lengths
         while not done.all():
             mask = slots <= cache_pos[:, None, :, None]                         # (B, 1, T or 1, S)
             x = self.run_blocks(x, pos, lora_mask, caches, cache_pos, mask)     # (B, T or 1, C)
             logits = self.lm_head(x[rows, last]).float()                        # (B, vocab_size)
             logits = logits.masked_fill(never, -math.inf)
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
-            if return_logprobs:
-                logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
+            logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = call_tools(tools, forced, new, out, lengths) if tools else new
             new = new.masked_fill(done, pad_id)
             out[rows, lengths] = new
@@ -483,8 +492,7 @@ class GPT(nn.Module):
             pos = (pos[rows, last, None] + 1).clamp(max=self.config.block_size - 1)  # (B, 1)
             x = self.add_position_embedding(self.transformer.wte(new[:, None]), pos)  # (B, 1, C)
             last = 0
-        end = lengths.max()
-        return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
+            yield out, logprobs, lengths
 
     def empty_cache(self, batch_size, length):
         """A (keys, values) pair of (B, S, n_kv_head, hs) tensors for each layer; a head's positions are contiguous."""

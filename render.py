@@ -509,8 +509,8 @@ def text_tile(text, width, height=0, color='black', fill='white'):
     draw_lines(tile, lines, 2, 1, face, color)
     return tile
 
-def contact_sheet(images, captions, correct=None, cell=400):
-    """One RGB image with all PIL images in four columns, each above its caption, scaled down to `cell` pixels of
+def contact_sheet(images, captions, correct=None, cell=400, columns=4):
+    """One RGB image with all PIL images in columns, each above its caption, scaled down to `cell` pixels of
     width; a caption without an image has None in its place. correct: a bool or None each, which makes the caption
     green, red or gray; None for all gray.
     """
@@ -521,7 +521,7 @@ def contact_sheet(images, captions, correct=None, cell=400):
     for image, caption, is_correct in zip(images, captions, correct or itertools.repeat(None)):
         tile = text_tile(caption, cell, color=colors[is_correct])
         tiles.append(stack([thumbnail(image, cell, 2 * cell), tile], 1, 2) if image else tile)
-    return stack_rows([tiles[i:i + 4] for i in range(0, len(tiles), 4)])
+    return stack_rows([tiles[i:i + columns] for i in range(0, len(tiles), columns)])
 
 def similarity_grid(images, captions, values):
     """An RGB image: a column for each image, a row for each caption, values[row][column]; a row's largest framed."""

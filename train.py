@@ -40,10 +40,10 @@ from tqdm import tqdm
 from configurator import configure, knobs_of, run
 from dataloader import (FeatureCache, Mixture, TokenizedExamples, collate, dataset_folder, get_tokenizer,
                         is_plain_text, open_rows, pack, parse_mixture)
+from evaluate import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device, warn_of_collapse
 from model import GPTConfig
 from patches import is_deepencoder
 from render import parse_tasks
-from sample import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device, warn_of_collapse
 from vision import VisionConfig, complete_config
 from weights import build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint, read_weights, vision_of
 

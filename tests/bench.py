@@ -38,14 +38,15 @@ os.chdir(ROOT)
 sys.path.insert(0, str(ROOT))
 
 import dataloader  # noqa: E402
+import evaluate  # noqa: E402
 import render  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
 from configurator import configure  # noqa: E402
+from evaluate import best_dtype, find_device, to_device  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from patches import collate_images, num_tokens, preprocess  # noqa: E402
-from sample import best_dtype, find_device, to_device  # noqa: E402
 
 
 def train_config(*words):
@@ -535,13 +536,13 @@ def attention(run):
     them in the line.
     """
     model, enc, config, _ = sample.load(f'{run}/ckpt.pt')
-    examples = sample.held_out_examples(config.dataset, config, 'ocr')
+    examples = evaluate.held_out_examples(config.dataset, config, 'ocr')
     face = render.load_font(config.font, 100)
     hits = torch.zeros(2, model.config.n_layer)
     n = 0
     for i in range(200):
         example = examples[i]
-        text = sample.reference(example)
+        text = evaluate.reference(example)
         tokens = dataloader.tokenize(example, enc, model.config)
         targets = [place for place, target in enumerate(tokens['targets']) if target >= 0][:-1]  # not the end
         if len(targets) != len(text):  # a letter of several bytes

@@ -8,8 +8,8 @@ import torch
 from conftest import LLAMA, inside, make_model, refused, tiny_config, train
 from PIL import Image
 
-import sample
 from dataloader import get_tokenizer, tokenize
+from evaluate import attention_maps
 from patches import arrange, assemble, collate_images, preprocess, resize, token_cells
 from vision import complete_config
 
@@ -83,17 +83,15 @@ class Looking:
 
 @pytest.mark.parametrize('changes', [{}, {'image_newlines': True},
                                      {'image_newlines': True, 'image_size': 16, 'max_tiles': 2, 'image_fit': 'squash'}])
-def test_red_is_where_a_word_looked(monkeypatch, changes):
+def test_red_is_where_a_word_looked(changes):
     config = complete_config(tiny_config(image_token=BYTES.image_id, **changes))
     model = Looking(config)
     example = {'messages': [{'role': 'user', 'content': '<image>\nWhat?'}], 'images': [Image.new('RGB', (32, 16), 'white')]}
     model.prompt_length = len(tokenize(example, BYTES, config, prompt_only=True)['idx'])
-    shown = []
-    monkeypatch.setattr(sample.render, 'contact_sheet', lambda images, captions: shown.extend(zip(images, captions)))
-    sample.attention_sheet(model, BYTES, example, 'a b c d')  # the letters are tokens 0, 2, 4, 6, each with the space after it
-    assert [caption for _, caption in shown] == ['a', 'b', 'c', 'd']
+    shown = attention_maps(model, BYTES, example, 'a b c d')  # the letters are tokens 0, 2, 4, 6, each with the space after it
+    assert [word for word, _ in shown] == ['a', 'b', 'c', 'd']
     cells = token_cells(preprocess(example['images'][0], config)[1], config).tolist()
-    for number, (image, _) in enumerate(shown):
+    for number, (_, image) in enumerate(shown):
         rows, cols = image.height // 8, image.width // 8
         red = (np.asarray(image)[..., 0].astype(int) - np.asarray(image)[..., 1] > 100).reshape(rows, 8, cols, 8).any((1, 3))
         expected = np.zeros((rows, cols), bool)
@@ -113,6 +111,6 @@ def test_a_sheet_is_written(tmp_path):
     assert process.returncode == 0, process.stderr
     model = SimpleNamespace(config=tiny_config(connector='qformer'))
     with pytest.raises(ValueError, match="a Q-Former's queries are none"):
-        sample.attention_sheet(model, BYTES, {}, 'x')
+        attention_maps(model, BYTES, {}, 'x')
     refused(inside('sample.py', f'--out_dir={tmp_path}/run', '--prompt=x', '--attention_layer=3', '--image', tmp_path / 'x.png',
                    '--attention'), 'attention_layer must be 1 to 2')

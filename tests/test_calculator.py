@@ -7,7 +7,7 @@ import torch
 from conftest import inside, make_model, train
 
 from dataloader import CALL_MARKS, collate, get_tokenizer, segments, tokenize
-from sample import answer, calculate
+from evaluate import answer, calculate
 
 CALL, RESULT, END_CALL = CALL_MARKS
 ANSWER = 'In May 48/2 = <<48/2=24>>24 clips.\nIn all <<48+24=72>>72.\n#### 72'

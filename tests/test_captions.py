@@ -17,7 +17,7 @@ from PIL import Image
 
 import dataloader
 from dataloader import augment_image, is_held_out, load_image, open_rows
-from sample import caption_words, score_captions
+from evaluate import caption_words, score_captions
 
 
 def image_bytes(color, image_format='JPEG', size=(40, 30)):

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, inside, refused
 from PIL import Image
 
-import sample
+import evaluate
 from dataloader import get_tokenizer
 from render import CURVE_COLORS, plot
 from vision import VisionConfig, complete_config
@@ -23,19 +23,19 @@ def pages(texts):
 
 
 def read(texts, answers, **changes):
-    """sample.read_pages of pages for which a model would give these answers: those of the images, of blank and of others."""
+    """evaluate.read_pages of pages for which a model would give these answers: those of the images, of blank and of others."""
     knobs = dict(vision_encoder='vit', connector='linear', image_size=32, patch_height=8, patch_width=8)
     config = complete_config(VisionConfig(**{**knobs, **changes}))
     model = SimpleNamespace(config=config)
     model.eval = lambda: model
     answers = iter(answers)
     evaluation = SimpleNamespace(questions=pages(texts), enc=get_tokenizer('bytes'), generate=lambda examples: next(answers))
-    return sample.read_pages(evaluation, model, torch.autocast('cpu', enabled=False))
+    return evaluate.read_pages(evaluation, model, torch.autocast('cpu', enabled=False))
 
 
 @pytest.fixture(autouse=True)
 def text_tokens_are_bytes(monkeypatch):
-    monkeypatch.setattr(sample, 'text_tokenizer', lambda enc: enc)
+    monkeypatch.setattr(evaluate, 'text_tokenizer', lambda enc: enc)
 
 
 def test_precision_is_that_of_each_answer():
@@ -58,16 +58,16 @@ def test_newlines_take_places_but_are_no_tokens():
 def test_a_table_has_the_means_of_each_bucket():
     rows = [{'characters': 4 * n, 'text_tokens': n, 'image_tokens': 8, 'places': 10, 'precision': p, 'blank': 0.0,
              'shuffled': 0.25, 'truncated': 1.0} for n, p in ((10, 1.0), (19, 0.5), (20, 0.2), (45, 0.0))]
-    table = sample.compression_table('run', rows, 10)
+    table = evaluate.compression_table('run', rows, 10)
     assert [line['text tokens'] for line in table] == ['all', '10-20', '20-30', '40-50']
     assert [line['pages'] for line in table] == [4, 2, 1, 1]
     assert [line['precision'] for line in table] == [0.425, 0.75, 0.2, 0]
     assert table[1]['characters / image token'] == pytest.approx(58 / 8, abs=1e-3)
     assert table[1]['characters / place'] == 5.8 and table[1]['text tokens / place'] == 1.45
     assert table[1]['text tokens / image token'] == pytest.approx(14.5 / 8, abs=1e-3)
-    assert len(sample.compression_table('run', rows, 0)) - 1 <= 7
+    assert len(evaluate.compression_table('run', rows, 0)) - 1 <= 7
     fox = [{**rows[0], 'text_tokens': n} for n in (600, 699, 700, 1299)]
-    assert [line['text tokens'] for line in sample.compression_table('fox', fox, 100)[1:]] == [
+    assert [line['text tokens'] for line in evaluate.compression_table('fox', fox, 100)[1:]] == [
         '600-700', '700-800', '1200-1300']
 
 

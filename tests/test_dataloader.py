@@ -10,7 +10,7 @@ from conftest import tiny_config
 from PIL import Image
 
 from dataloader import ASSISTANT, END, IMAGE, USER, TokenizedExamples, collate, get_tokenizer, segments, tokenize
-from sample import reference, until_end
+from evaluate import reference, until_end
 
 BYTES = get_tokenizer('bytes')
 CONFIG = tiny_config(block_size=200, image_token=BYTES.image_id)

@@ -20,8 +20,7 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 import vision
 from dataloader import collate, get_tokenizer, tokenize
 from model import GPT
-from patches import (END, NEWLINE, PADDING, arrange, cell_size, collate_images, num_tokens, preprocess, tile_shape,
-                     view_lengths)
+from patches import END, NEWLINE, PADDING, arrange, cell_size, collate_images, num_tokens, preprocess, tile_shape, view_lengths
 from train import configure_optimizers, estimate_flops
 from vision import VisionConfig, complete_config
 from weights import read_weights, rename
@@ -445,7 +444,7 @@ def test_a_fresh_gpt_takes_over_the_encoder(tmp_path):
 
 def test_row_cosine_is_that_of_the_rows_of_tokens():
     """With newlines as without: they are no row's tokens."""
-    from sample import Evaluation
+    from evaluate import Evaluation
     enc = get_tokenizer('bytes')
     config = complete_config(tiny_config(vision_encoder='vit', image_token=enc.image_id, image_newlines=True))
     torch.manual_seed(0)

@@ -16,8 +16,8 @@ from safetensors.torch import load, load_file, save_file
 
 import dataloader
 import vision
+from evaluate import find_device
 from patches import collate_images, num_tokens, preprocess, resize_to_square
-from sample import find_device
 from train import configure_optimizers
 from vision import complete_config
 from weights import build_model, checkpoint_state, load_vision_from, published_fingerprint

@@ -12,7 +12,7 @@ import torch
 from conftest import inside, read_log, refused, train
 
 from dataloader import FileRows, Mixture, count_draws, locate, open_rows, parse_mixture
-from sample import METRICS
+from evaluate import METRICS
 
 KNOBS = SimpleNamespace(tasks='ocr', augment='')
 

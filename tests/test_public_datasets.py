@@ -20,7 +20,7 @@ from PIL import Image
 
 import prepare_data
 from dataloader import IMAGE, get_tokenizer, load_image, open_rows, tokenize
-from sample import METRICS
+from evaluate import METRICS
 from vision import VisionConfig
 
 STRING, INT, BOOL = Value('string'), Value('int64'), Value('bool')

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dataloader import collate, frame_images, get_tokenizer, tokenize
+from evaluate import similarity
 from patches import collate_images, preprocess, separate_tiles
-from sample import prompt_example, similarity
+from sample import prompt_example
 from weights import load_model, read_weights
 
 MARKS = ['<fake_token_around_image>', '<global-img>', *(f'<row_{r}_col_{c}>' for r in range(1, 7) for c in range(1, 7))]

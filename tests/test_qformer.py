@@ -17,9 +17,9 @@ import train as train_script
 import vision
 from blip2 import QFormerPretraining, sample_hard_negatives
 from configurator import configure
+from evaluate import image_caption_pairs, mean_cosine, recall, similarity
 from model import GPTConfig
 from patches import collate_images, num_tokens, preprocess
-from sample import image_caption_pairs, mean_cosine, recall, similarity
 from vision import QFormer
 from weights import QFORMER_FIELDS, QFORMER_TEXT, load_weights, read_blip2, read_weights, vision_of
 

@@ -35,9 +35,9 @@ from dataloader import (
     shuffled_index,
     to_example,
 )
+from evaluate import held_out_examples
 from patches import crop_line, preprocess
 from render import parse_tasks
-from sample import held_out_examples
 
 KNOBS = SimpleNamespace(tasks='ocr:1', one_line=True, font='', font_min=6, font_max=60, image_width=256, image_height=16,
                         min_chars=16, max_chars=32, min_span=60, max_span=120, infix_min=0.1, infix_max=0.4, distort=0.0,

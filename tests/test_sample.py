@@ -16,20 +16,12 @@ from PIL import Image
 from test_model import pad, random_image, row
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import sample
 from dataloader import get_tokenizer
+from evaluate import Evaluation, map_across_ranks, mark_low_confidence, score, similarity, warn_of_collapse
 from patches import collate_images
-from sample import (
-    DEFAULTS,
-    ONE_PROCESS,
-    Evaluation,
-    map_across_ranks,
-    mark_low_confidence,
-    prompt_example,
-    score,
-    similarity,
-    warn_of_collapse,
-)
+from sample import DEFAULTS, ONE_PROCESS, prompt_example
 
 
 def ask(run_dir, *words, run=inside, **kwargs):
@@ -297,7 +289,7 @@ CONTINUATION = ['--tasks=continuation:1 text:1', '--min_span=30', '--max_span=44
 def test_continuations_with_and_without_the_image_appear_in_the_sheet(tmp_path, monkeypatch):
     """At every evaluation of training and of sample.py."""
     sheets, prompts = [], []
-    contact_sheet, answer = sample.render.contact_sheet, sample.answer
+    contact_sheet, answer = sample.render.contact_sheet, evaluate.answer
 
     def record_sheet(images, captions, *args, **kwargs):
         sheets.append(captions)
@@ -308,7 +300,7 @@ def test_continuations_with_and_without_the_image_appear_in_the_sheet(tmp_path, 
         return answer(model, enc, examples, *args, **kwargs)
 
     monkeypatch.setattr(sample.render, 'contact_sheet', record_sheet)
-    monkeypatch.setattr(sample, 'answer', record_prompts)
+    monkeypatch.setattr(evaluate, 'answer', record_prompts)
     process = train(tmp_path, *CONTINUATION)
     assert process.returncode == 0, process.stderr
     assert len(sheets) == 3 and all(len(captions) == 4 for captions in sheets)
@@ -337,7 +329,7 @@ def open_evaluation(run_dir, monkeypatch, **changes):
 def test_blank_images_of_one_batch_only_are_in_memory(run_dir, monkeypatch):
     evaluation, model, autocast = open_evaluation(run_dir, monkeypatch, eval_iters=5, batch_size=2, eval_samples=0)
     made, most_alive = [], []
-    blank = sample.blank
+    blank = evaluate.blank
 
     def record(examples):
         changed = blank(examples)
@@ -346,7 +338,7 @@ def test_blank_images_of_one_batch_only_are_in_memory(run_dir, monkeypatch):
         assert all(image.getextrema() == ((255, 255),) * 3 for e in changed for image in e['images'])
         return changed
 
-    monkeypatch.setattr(sample, 'blank', record)
+    monkeypatch.setattr(evaluate, 'blank', record)
     result, _, _ = evaluation.run(model, autocast)
     assert len(made) == 10 and max(most_alive) == 2
     assert result['blank_loss'] != result['val_loss']
@@ -396,7 +388,7 @@ def test_similarity_in_chunks_equals_the_direct_computation():
         torch.testing.assert_close(similarity(images, texts, chunk), expected)
     with LargestTensor() as largest:
         scores = similarity(images, texts, 4)
-        result = sample.recall(scores, torch.arange(90) % 50)
+        result = evaluate.recall(scores, torch.arange(90) % 50)
     assert largest.numel <= 50 * 90  # and not 50 * 8 * 90
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(similarity(images, texts, 4), scores)

@@ -4,8 +4,18 @@ import random
 import apted
 import pytest
 
-from sample import (METRICS, edit_similarity, final_number, letter, relabel_cost, relaxed_accuracy, table_nodes,
-                    teds, tree_edit_distance, yes_no)
+from evaluate import (
+    METRICS,
+    edit_similarity,
+    final_number,
+    letter,
+    relabel_cost,
+    relaxed_accuracy,
+    table_nodes,
+    teds,
+    tree_edit_distance,
+    yes_no,
+)
 
 
 @pytest.mark.parametrize('prediction, reference, expected', [
@@ -140,7 +150,7 @@ def test_endless_table(monkeypatch):
     assert teds(table(*[['ab', 'cd']] * 400), table(*[['ab', 'cd']] * 20)) == pytest.approx(60 / 1200)
     assert teds(SQUARE + endless, SQUARE) == 1
     sizes = []
-    monkeypatch.setattr('sample.tree_edit_distance', lambda a, b: sizes.append((len(a), len(b))) or 0)
+    monkeypatch.setattr('evaluate.tree_edit_distance', lambda a, b: sizes.append((len(a), len(b))) or 0)
     teds(endless, SQUARE)
     assert sizes == [(7 + 500 + 1, 7)]
 

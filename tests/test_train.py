@@ -142,10 +142,10 @@ def test_pixel_recovery_is_reported_with_its_losses_and_controls(tmp_path):
 
 def test_a_continuation_run_shows_samples_with_and_without_the_image(tmp_path, monkeypatch, run_main):
     """samples.png is there, and its captions are what the model generates after the image, and after nothing in its place."""
+    import evaluate
     import render
-    import sample
     captions, prompts = [], []
-    contact_sheet, answer = render.contact_sheet, sample.answer
+    contact_sheet, answer = render.contact_sheet, evaluate.answer
 
     def record_sheet(images, sheet_captions, *args, **knobs):
         captions.append(sheet_captions)
@@ -157,7 +157,7 @@ def test_a_continuation_run_shows_samples_with_and_without_the_image(tmp_path, m
         return answers
 
     monkeypatch.setattr(render, 'contact_sheet', record_sheet)
-    monkeypatch.setattr(sample, 'answer', record_answer)
+    monkeypatch.setattr(evaluate, 'answer', record_answer)
     run_main(fresh_train(), tmp_path, *CONTINUATION, '--eval_samples=2')
     assert (tmp_path / 'samples.png').exists()
     assert len(captions) == 3 and all(len(of_an_evaluation) == 2 for of_an_evaluation in captions)
