@@ -86,8 +86,9 @@ def test_what_is_shown_is_what_the_encoder_reads(model, line, monkeypatch):
 
 def test_a_first_stage_ranks_captions(line):
     torch.manual_seed(0)
-    model = QFormerPretraining(tiny_config(connector='qformer', n_queries=4, qformer_n_layer=1, qformer_n_head=2, qformer_n_embd=32,
-                                           proj_dim=16, objective='itc', image_token=BYTES.image_id)).eval()
+    config = tiny_config(connector='qformer', n_queries=4, qformer_n_layer=1, qformer_n_head=2, qformer_n_embd=32, proj_dim=16,
+                         objective='itc', image_token=BYTES.image_id)
+    model = QFormerPretraining(config).eval()
     page = web.Page(model, BYTES, FLOAT32, True)
     (chat, last), = page.respond(turn('user', file_part(line), 'a cat\n\n a dog \na cow'), *SAMPLING)
     ranked = rank_captions(model, BYTES, line, ['a cat', 'a dog', 'a cow'])
@@ -106,7 +107,8 @@ def test_mistakes_are_said_on_the_page(model, line, tmp_path):
     Image.new('1', (10_000, 5_001)).save(huge)
     cut = tmp_path / 'cut.png'
     cut.write_bytes(open(line, 'rb').read()[:400])
-    refusals = [({'text': '', 'files': [str(broken)]}, 'broken.png is not an image'), ({'text': '', 'files': [str(cut)]}, 'cut.png'),
+    refusals = [({'text': '', 'files': [str(broken)]}, 'broken.png is not an image'),
+                ({'text': '', 'files': [str(cut)]}, 'cut.png'),
                 ({'text': 'x', 'files': [line, str(huge)]}, '10000 x 5001 pixels, more than 50,000,000'),
                 ({'text': '  ', 'files': []}, 'nothing to answer')]
     for box, message in refusals:
@@ -140,8 +142,8 @@ def browser():
     if not CHROMIUM:
         pytest.skip('needs a Chromium')
     from playwright.sync_api import sync_playwright
-    switches = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update',
-                '--disable-sync']
+    switches = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+                '--disable-component-update', '--disable-sync']
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=switches)
         page = chromium.new_page(viewport={'width': 1280, 'height': 900})
@@ -204,7 +206,8 @@ def test_a_person_uses_the_page(browser, model, line, tmp_path, monkeypatch):
     web.serve(blocks, '127.0.0.1', 0)
     try:
         outside = []
-        browser.on('request', lambda r: None if r.url.startswith((blocks.local_url, 'data:', 'blob:')) else outside.append(r.url))
+        is_local = lambda url: url.startswith((blocks.local_url, 'data:', 'blob:'))
+        browser.on('request', lambda request: is_local(request.url) or outside.append(request.url))
         browser.goto(blocks.local_url)
         browser.wait_for_selector('textarea')
         drop(browser, line)
