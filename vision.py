@@ -183,7 +183,7 @@ def tanh_gelu(x):
 class PublishedViT(Freezable):
     """The ViT inside a published vision-language model, for squares of one size, by `vision_encoder`:
 
-        siglip  SmolVLM's; LLaVA's with SigLIP
+        siglip  SmolVLM's and nanoVLM's; LLaVA's with SigLIP
         clip    LLaVA's: a class token, which is dropped, a norm before the first layer, another activation
         eva     BLIP-2's: a class token, which is kept
 

@@ -274,7 +274,7 @@ LLAMA_FIELDS = {'n_layer': 'num_hidden_layers', 'n_head': 'num_attention_heads',
                 'n_inner': 'intermediate_size', 'norm_eps': 'rms_norm_eps', 'tie_weights': 'tie_word_embeddings',
                 'n_kv_head': 'num_key_value_heads', 'head_dim': 'head_dim', 'rope_theta': 'rope_theta'}
 # tensors of old files that are no weights: the causal mask, RoPE's speeds, 0, 1, 2, ...
-CONSTANTS = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq', 'rotary_embd.inv_freq', 'position_ids')
+CONSTANTS = ('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq', 'position_ids')
 GPT2_TRANSPOSED = ('c_attn.weight', 'c_proj.weight', 'c_fc.weight')  # OpenAI's layers are [in, out]
 # activation_function of a GPT-2 -> gelu_approximate
 GELU = {'gelu_new': 'tanh', 'gelu_pytorch_tanh': 'tanh', 'gelu': 'none'}
