@@ -315,8 +315,8 @@ def read_published(source):
     config = {key: value for key, value in config.items() if value is not None}  # null is the default
     tensors = {name: p for name, p in tensors.items() if not name.endswith(CONSTANTS)}
     readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen2': read_llama, 'qwen3': read_llama, 'smollm3': read_llama,
-               'blip-2': read_blip2, 'idefics3': read_smolvlm, 'smolvlm': read_smolvlm, 'llava': read_llava,
-               'nanovlm': read_nanovlm}
+               'nanovlm': read_nanovlm, 'blip-2': read_blip2, 'idefics3': read_smolvlm, 'smolvlm': read_smolvlm,
+               'llava': read_llava}
     model_type = config.get('model_type', 'nanovlm' if 'vit_hidden_dim' in config else None)  # nanoVLM's files have none
     path = f'{source}/config.json'
     if model_type not in readers:
