@@ -642,12 +642,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids):
         return self.backend.decode(ids, skip_special_tokens=False)
 
-def get_tokenizer(name, system_prompt='auto', image_marks=False, calculator=False):
-    """A Tokenizer by name, with image_marks also of IMAGE_MARKS, with calculator of CALL_MARKS. ValueError for an unknown
-    name or damaged files.
+def get_tokenizer(name, system_prompt='auto', image_marks=False, calculator=False, chat_template=''):
+    """A Tokenizer by name, with image_marks also of IMAGE_MARKS, with calculator of CALL_MARKS; chat_template replaces its own.
+    ValueError for an unknown name or damaged files.
     """
     marks = IMAGE_MARKS if image_marks else ()
-    switches = dict(image_marks=marks, calculator=calculator)
+    switches = dict(image_marks=marks, calculator=calculator, template=chat_template)
     marks += CALL_MARKS if calculator else ()
     pattern = r'(?s:.)'
     special, characters = {}, ''
@@ -718,7 +718,7 @@ def read_hugging_face(name, system_prompt, marks, switches):
             text = path.read_text('utf-8')
             config |= {'chat_template': text} if path.suffix == '.jinja' else json.loads(text)
         backend = tokenizers.Tokenizer.from_file(str(files[0]))
-    template = config.get('chat_template') or ''
+    template = switches['template'] or config.get('chat_template') or ''
     if isinstance(template, list):
         template = {entry['name']: entry['template'] for entry in template}.get('default', '')
     names = {'eos_token': END}
@@ -741,7 +741,8 @@ def read_hugging_face(name, system_prompt, marks, switches):
     special = {token: backend.token_to_id(token) for token in special}
     text_ids = list({*backend.get_vocab().values()} - {*special.values()})
     backend.add_tokens([tokenizers.AddedToken(MARK, normalized=False)])
-    return HuggingFaceTokenizer(name, backend, special, text_ids, system_prompt, names, template, files, **switches)
+    switches = {**switches, 'template': template}
+    return HuggingFaceTokenizer(name, backend, special, text_ids, system_prompt, names, files=files, **switches)
 
 # -----------------------------------------------------------------------------
 # example -> ids, targets, images

@@ -157,7 +157,7 @@ def whole_patches(size, config):
     return size // config.patch_width * config.patch_width
 
 def resize(image, config):
-    """An RGB PIL image at the size at which the encoder reads it; bicubic, Pillow's default."""
+    """An RGB PIL image at the size at which the encoder reads it; bicubic, squares by image_resample."""
     if not is_native(config):
         return resize_to_square(image, config)
     if config.line_height:
@@ -175,14 +175,15 @@ def resize_to_square(image, config):
         crop    its center, the shorter side whole: what CLIP was trained on; it cuts off a page's margins
     """
     size = config.image_size, config.image_size
+    resample = Image.Resampling[config.image_resample.upper()]
     if config.image_fit == 'pad':
         mean = tuple(int(255 * m) for m in config.image_mean)
-        image = ImageOps.pad(image, size, color=mean)
+        image = ImageOps.pad(image, size, resample, color=mean)
     elif config.image_fit == 'squash':
-        image = image.resize(size)
+        image = image.resize(size, resample)
     elif config.image_fit == 'crop':
         shorter = min(image.size)
-        image = image.resize([int(config.image_size * side / shorter) for side in image.size])
+        image = image.resize([int(config.image_size * side / shorter) for side in image.size], resample)
         left, top = ((side - config.image_size) // 2 for side in image.size)
         image = image.crop((left, top, left + config.image_size, top + config.image_size))
     else:

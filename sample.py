@@ -77,7 +77,7 @@ vision_encoder = ''      # where a pretrained encoder's weights are now, if thei
 # what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
 DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12,
                 seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto', packing=False,
-                overfit_rows=0)
+                overfit_rows=0, chat_template='')
 ONE_PROCESS = SimpleNamespace(rank=0, world_size=1, ddp=False)
 
 def newest_run():
@@ -101,7 +101,7 @@ def load(source):
     model = build_model(state, source, **overrides)
     config = SimpleNamespace(**DEFAULTS | state['config'])
     enc = get_tokenizer(tokenizer or config.tokenizer or 'gpt2', config.system_prompt, model.config.image_marks,
-                        model.config.calculator)
+                        model.config.calculator, config.chat_template)
     config.chat = state.get('chat', enc.has_chat_template)
     n_ids = max(enc.n_text, 1 + max(enc.end_ids))
     if n_ids > model.config.vocab_size:

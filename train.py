@@ -75,6 +75,7 @@ text_dataset = ''              # plain text for text_loss; '' takes the dataset'
 tokenizer = ''                 # bytes, gpt2, the path of a nanoGPT meta.pkl, words.txt or tokenizer.json, OWNER/NAME
 #                                on the hub; '' takes that of init_from, and bytes from scratch
 system_prompt = 'auto'         # system message of conversations without one; auto: as the chat template does
+chat_template = ''             # in Jinja, for conversations; '' takes that of init_from, else the tokenizer's
 tasks = 'ocr:1'                # what plain text becomes: ocr, continuation, text; with weights 'ocr:0.8 text:0.2'
 loss_on = 'assistant'          # of conversations: the assistant's messages are in the loss; or all text
 gradient_accumulation_steps = 1  # micro-batches of a step, over all processes together
@@ -175,7 +176,8 @@ def init_model(config):
     """(model, tokenizer, checkpoint to resume from or None), as init_from says."""
     if config.init_from == 'scratch':
         config.tokenizer = config.tokenizer or 'bytes'
-        enc = get_tokenizer(config.tokenizer, config.system_prompt, config.image_marks, config.calculator)
+        enc = get_tokenizer(config.tokenizer, config.system_prompt, config.image_marks, config.calculator,
+                            config.chat_template)
         return init_from_scratch(config, enc), enc, None
     resumes = config.init_from == 'resume'
     source = os.path.join(config.out_dir, 'ckpt.pt') if resumes else config.init_from
@@ -184,11 +186,12 @@ def init_model(config):
     if not config.tokenizer:
         raise ValueError(f'{source} does not say which tokenizer it was trained with: name it, as '
                          '--tokenizer=gpt2, or --tokenizer=data/NAME/meta.pkl of a nanoGPT character dataset')
+    config.chat_template = config.chat_template or checkpoint['config'].get('chat_template', '')
     known = checkpoint['model_args']
     adds_vision = not resumes and not known.get('vision_encoder') and (config.vision_encoder or config.vision_from)
     marks = config.image_marks if adds_vision else known.get('image_marks', False)
     has_calculator = known.get('calculator', False) or config.calculator and not resumes
-    enc = get_tokenizer(config.tokenizer, config.system_prompt, marks, has_calculator)
+    enc = get_tokenizer(config.tokenizer, config.system_prompt, marks, has_calculator, config.chat_template)
     if resumes:
         return resume_model(config, checkpoint, source), enc, checkpoint
     return init_from_checkpoint(config, enc, checkpoint), enc, None

@@ -87,6 +87,7 @@ class VisionConfig:
     deepencoder_mode: str = ''  # tiny, small, base, large or gundam: size and tiles of its images
     sam_tower: str = 'timm/samvit_base_patch16.sa1b'  # deepencoder's SAM and CLIP, with their weights
     clip_tower: str = 'ViT-L-14-quickgelu/openai'
+    image_resample: str = derived('bicubic')  # how the pixels of squares are interpolated; nanoVLM: bilinear
     image_mean: tuple = derived((0.5, 0.5, 0.5))
     image_std: tuple = derived((0.5, 0.5, 0.5))
     # BLIP-2's first stage
@@ -182,7 +183,7 @@ def tanh_gelu(x):
 class PublishedViT(Freezable):
     """The ViT inside a published vision-language model, for squares of one size, by `vision_encoder`:
 
-        siglip  SmolVLM's; LLaVA's with SigLIP
+        siglip  SmolVLM's and nanoVLM's; LLaVA's with SigLIP
         clip    LLaVA's: a class token, which is dropped, a norm before the first layer, another activation
         eva     BLIP-2's: a class token, which is kept
 

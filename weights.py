@@ -7,8 +7,8 @@ Weights from anywhere -> a model, and back.
     load_weights     matches names and shapes, and says what was loaded, what is new, what does not fit
     to_hugging_face  a model as Hugging Face's classes read it
 
-The second half is about how Hugging Face stores GPT-2, Llama (SmolLM2), Qwen2, Qwen3, SmolLM3, BLIP-2's Q-Former, SmolVLM
-and LLaVA: names of fields and tensors.
+The second half is about how Hugging Face stores GPT-2, Llama (SmolLM2), Qwen2, Qwen3, SmolLM3, BLIP-2's Q-Former, SmolVLM,
+LLaVA and nanoVLM: names of fields and tensors.
 """
 
 import json
@@ -36,7 +36,8 @@ def read_weights(source):
     glimpse.safetensors of an export, a GPT-2, Llama, Qwen or BLIP-2 of Hugging Face, by hub name or folder.
 
         model, model_args   {name: tensor} by our names, {field of GPTConfig: value}
-        config              knobs of the run that made it; its 'tokenizer' names the tokenizer
+        config              knobs of the run that made it; its 'tokenizer' names the tokenizer, 'chat_template' one that is
+                            not in the tokenizer's files
         base_model          None, or {'init_from', 'fingerprint'} of the model that LoRA's updates adapt
         vision_fingerprint  of a pretrained encoder whose weights are not in `model`, but published
 
@@ -221,8 +222,8 @@ def published_fingerprint(model):
 # what vision_from takes over: the fields of GPTConfig that describe an encoder and its images
 ENCODER_FIELDS = ('vision_encoder', 'vision_n_layer', 'vision_n_head', 'vision_n_embd', 'vision_n_inner', 'vision_layer',
                   'vision_cls', 'patch_height', 'patch_width', 'max_image_tokens', 'line_height', 'image_fit',
-                  'image_size', 'image_mean', 'image_std', 'tile_marks', 'max_image_side', 'max_tiles', 'tile_size',
-                  'deepencoder_mode', 'sam_tower', 'clip_tower')
+                  'image_size', 'image_resample', 'image_mean', 'image_std', 'tile_marks', 'max_image_side', 'max_tiles',
+                  'tile_size', 'deepencoder_mode', 'sam_tower', 'clip_tower')
 # those of a Q-Former, and their names in BLIP-2's config.json
 QFORMER_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidden_layers',
                   'qformer_n_head': 'num_attention_heads', 'qformer_n_embd': 'hidden_size',
@@ -314,19 +315,22 @@ def read_published(source):
     config = {key: value for key, value in config.items() if value is not None}  # null is the default
     tensors = {name: p for name, p in tensors.items() if not name.endswith(CONSTANTS)}
     readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen2': read_llama, 'qwen3': read_llama, 'smollm3': read_llama,
-               'blip-2': read_blip2, 'idefics3': read_smolvlm, 'smolvlm': read_smolvlm, 'llava': read_llava}
-    model_type = config.get('model_type')
+               'nanovlm': read_nanovlm, 'blip-2': read_blip2, 'idefics3': read_smolvlm, 'smolvlm': read_smolvlm,
+               'llava': read_llava}
+    model_type = config.get('model_type', 'nanovlm' if 'vit_hidden_dim' in config else None)  # nanoVLM's files have none
     path = f'{source}/config.json'
     if model_type not in readers:
         raise ValueError(f'{path}: expected a model of type {", ".join(readers)}, got {model_type!r}')
     try:
         args, state = readers[model_type](config, tensors)
+        chat = {'tokenizer': 'gpt2' if source in GPT2 else source}
+        if model_type == 'nanovlm':
+            chat = nanovlm_chat(config, source)
     except KeyError as error:
         raise ValueError(f'{path} is no complete configuration of a {model_type}: it has no {error}') from None
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'{path} is of a model that this GPT does not compute: {error}') from None
-    tokenizer = 'gpt2' if source in GPT2 else source
-    return {'model': state, 'model_args': args, 'config': {'tokenizer': tokenizer}}
+    return {'model': state, 'model_args': args, 'config': chat}
 
 def read_tensors(source):
     """(config.json's dict, {name: tensor}) of a model in Hugging Face's layout, in one file or in shards."""
@@ -572,8 +576,74 @@ def read_vit(config, tensors, kind, layer, has_norm=False):
     for i in range(n_layer):
         for part in ('weight', 'bias'):
             names = [f'vision.encoder.h.{i}.self_attn.{x}_proj.{part}' for x in 'qkv']
-            state[f'vision.encoder.h.{i}.c_attn.{part}'] = torch.cat([state.pop(name) for name in names])
+            if all(name in state for name in names):
+                state[f'vision.encoder.h.{i}.c_attn.{part}'] = torch.cat([state.pop(name) for name in names])
     return args, state
+
+# nanoVLM, https://github.com/huggingface/nanoVLM: a SmolVLM in names of its own
+
+NANOVLM_TEXT = {'lm_hidden_dim': 'hidden_size', 'lm_inter_dim': 'intermediate_size', 'lm_n_blocks': 'num_hidden_layers',
+                'lm_n_heads': 'num_attention_heads', 'lm_n_kv_heads': 'num_key_value_heads', 'lm_rms_eps': 'rms_norm_eps',
+                'lm_re_base': 'rope_theta', 'lm_max_position_embeddings': 'max_position_embeddings',
+                'lm_vocab_size': 'vocab_size'}
+NANOVLM_VISION = {'vit_hidden_dim': 'hidden_size', 'vit_inter_dim': 'intermediate_size', 'vit_n_blocks': 'num_hidden_layers',
+                  'vit_n_heads': 'num_attention_heads', 'vit_img_size': 'image_size', 'vit_patch_size': 'patch_size',
+                  'vit_ln_eps': 'layer_norm_eps'}
+# parts of names, nanoVLM's -> SmolVLM's; its encoder's q, k and v are one matrix, as in our c_attn
+NANOVLM_DECODER = {'decoder.token_embedding': 'model.text_model.embed_tokens', 'decoder.blocks': 'model.text_model.layers',
+                   'decoder.norm': 'model.text_model.norm', 'decoder.head': 'lm_head', 'norm1': 'input_layernorm',
+                   'norm2': 'post_attention_layernorm', 'attn.out_proj': 'attn.o_proj', '.attn': '.self_attn'}
+NANOVLM_ENCODER = {'vision_encoder': 'model.vision_model', 'patch_embedding.conv': 'embeddings.patch_embedding',
+                   'patch_embedding.position_embedding': 'embeddings.position_embedding.weight', 'blocks': 'encoder.layers',
+                   'model.layer_norm': 'model.post_layernorm', '.ln': '.layer_norm', 'attn.qkv_proj': 'c_attn',
+                   '.attn': '.self_attn', 'MP.proj': 'model.connector.modality_projection.proj'}
+# its chat template before June 2025: <image>Question: What is this? Answer: A cat.<|endoftext|>
+QUESTION_ANSWER = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{{ ' ' + message.content[0].text + eos_token }}"
+    "{% elif message.role == 'user' %}{% for part in message.content if part.type == 'image' %}<image>{% endfor %}Question: "
+    "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %} Answer:{% endif %}{% endfor %}")
+# goes before its later ones: images and texts of a message become one text, without a new line after an image
+JOIN_PARTS = (
+    "{% set joined = namespace(messages=[]) %}{% for message in messages %}"
+    "{% set content %}{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}{% endset %}"
+    "{% set joined.messages = joined.messages + [{'role': message.role, 'content': content}] %}{% endfor %}"
+    "{% set messages = joined.messages %}")
+
+def read_nanovlm(config, tensors):
+    """A nanoVLM's config.json and tensors as model_args and state dict. It computes what a SmolVLM does, but an image is one
+    square with pixels from 0 to 1. In its first version, as in nanoVLM-222M, no id stood for an image: here a new one does.
+    """
+    if 'max_img_size' in config:
+        raise ValueError(f'its max_img_size is {config["max_img_size"]}: it cuts images into tiles, as nanoVLM does since July '
+                         '2025; only older ones, such as lusxvr/nanoVLM-222M, are read')
+    text = {theirs: config[name] for name, theirs in NANOVLM_TEXT.items()}
+    vision = {theirs: config[name] for name, theirs in NANOVLM_VISION.items()}
+    k = config['mp_pixel_shuffle_factor']
+    n_tokens = (vision['image_size'] // vision['patch_size'] // k)**2
+    check_supported(config, {'vit_cls_flag': False, 'lm_attn_scaling': 1.0, 'mp_image_token_length': n_tokens})
+    image_token = config.get('lm_base_vocab_size', text['vocab_size'])
+    is_first_version = image_token == text['vocab_size']
+    text.update(model_type='llama', vocab_size=text['vocab_size'] + is_first_version)
+    renamed = {}
+    for name, p in tensors.items():
+        table = NANOVLM_DECODER if name.startswith('decoder.') else NANOVLM_ENCODER
+        if name in ('decoder.token_embedding.weight', 'decoder.head.weight'):
+            p = resize_embedding(p, len(p) + 1) if is_first_version else p
+            if config['lm_tie_weights']:  # files hold the tied table once, and by either name
+                name = 'decoder.token_embedding.weight'
+        renamed[rename(name, table)] = p[0] if name.endswith('position_embedding') else p
+    smolvlm = {'text_config': text, 'vision_config': vision, 'scale_factor': k, 'image_token_id': image_token}
+    args, state = read_smolvlm(smolvlm, renamed)
+    args.update(tile_marks=False, max_image_side=0, image_resample='bilinear', image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    return args, state
+
+def nanovlm_chat(config, source):
+    """A nanoVLM's tokenizer and chat template, as knobs of a run. Its files have none: the tokenizer is that of another model,
+    by name, unless someone has put a copy of its tokenizer.json next to them.
+    """
+    has_tokenizer = (Path(published_folder(source)) / 'tokenizer.json').is_file()
+    template = JOIN_PARTS + config['lm_chat_template'] if 'lm_chat_template' in config else QUESTION_ANSWER
+    return {'tokenizer': source if has_tokenizer else config['lm_tokenizer'], 'chat_template': template}
 
 def to_hugging_face(model):
     """A model as (config.json's dict, {name: tensor}) for Hugging Face's classes: the whole of one that came as a SmolVLM or
@@ -581,7 +651,8 @@ def to_hugging_face(model):
     ValueError if no class computes what this model does.
     """
     config, state = text_to_hugging_face(model)
-    if model.vision is not None and model.config.vision_encoder in ('siglip', 'clip'):
+    is_nanovlm = model.config.connector == 'shuffle' and not model.config.max_image_side  # no processor makes its images
+    if model.vision is not None and model.config.vision_encoder in ('siglip', 'clip') and not is_nanovlm:
         return vision_to_hugging_face(model, config, state)
     return config, state
 
