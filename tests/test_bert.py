@@ -186,8 +186,8 @@ def test_captions_have_the_ids_that_bert_was_trained_on(bert):
         assert row[row >= 0].tolist() == [model.cls, *expected[1:]] and expected[0] == CLS
 
 
-def test_blip2s_embeddings_too_are_kept_row_by_row():
-    """The rule for any Q-Former: rows of the vocabulary stay in front, those of CLS and DEC at the end."""
+def test_rows_of_the_vocabulary_stay_in_front_and_those_of_cls_and_dec_at_the_end():
+    """Of any Q-Former that a first stage starts from, BLIP-2's too."""
     torch.manual_seed(0)
     config = dict(connector='qformer', qformer_n_layer=1, qformer_n_head=2, qformer_n_embd=16, objective='itc',
                   vision_encoder='vit', vision_n_layer=1, vision_n_head=2, vision_n_embd=24)

@@ -176,7 +176,7 @@ def test_damaged_or_unsupported_gpt2_raises(gpt2, tmp_path):
     copy_of(folder, x, n_layer=3)
     assert 'missing transformer.h.2.ln_1.weight' in message()
     copy_of(folder, x, model_type='bert')
-    assert "blip-2, idefics3, smolvlm, llava, got 'bert'" in message()
+    assert "blip-2, bert, idefics3, smolvlm, llava, got 'bert'" in message()
     copy_of(folder, x, activation_function='relu')
     assert "activation_function is 'relu'" in message()
     copy_of(folder, x, scale_attn_by_inverse_layer_idx=True)
