@@ -8,7 +8,7 @@ Captions. Its queries and cross-attention, which are new, learn ten times as fas
 
 Pairs, epochs, encoder and rates are those of https://github.com/avbiswas/vlm, objectives and the rest BLIP-2's; batches
 have 64 pairs, not 8, because each pair is compared with the others. Not run yet. Computed, not measured: 1.3e17
-operations, which take four hours at 9 TFLOP/s, and 15 GiB. qformer_cpu.py is the same without BERT at a small size.
+operations, which take four hours at 9 TFLOP/s, and about 15 GiB. qformer_cpu.py is the same without BERT at a small size.
 """
 out_dir = 'out/qformer_bert'
 vision_from = 'google-bert/bert-base-uncased'
@@ -16,7 +16,7 @@ dataset = 'cc3m'
 tokenizer = 'google-bert/bert-base-uncased'
 objective = 'itc+itm+itg'
 augment = 'crop+color'
-vision_encoder = 'timm/vit_base_patch16_224.augreg_in21k_ft_in1k'
+vision_encoder = 'timm/vit_base_patch16_224.orig_in21k_ft_in1k'
 vision_layer = -1
 vision_cls = True
 image_fit = 'crop'
