@@ -45,7 +45,8 @@ from model import GPTConfig
 from patches import is_deepencoder
 from render import parse_tasks
 from vision import VisionConfig, complete_config
-from weights import build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint, read_weights, vision_of
+from weights import (QFORMER_EMBEDDINGS, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
+                     read_weights, vision_of)
 
 # -----------------------------------------------------------------------------
 # run
@@ -54,7 +55,8 @@ init_from = 'scratch'          # scratch, resume (from out_dir), a checkpoint's 
 #                                gpt2-xl, OWNER/NAME on the hub or a folder with a GPT-2, Llama (SmolLM2), Qwen2, Qwen3,
 #                                SmolLM3, SmolVLM or LLaVA
 vision_from = ''               # a checkpoint whose small ViT, deepencoder or Q-Former becomes this model's, or for its Q-Former
-#                                a BLIP-2 on the hub or in a folder: Salesforce/blip2-itm-vit-g
+#                                a BLIP-2 or a BERT on the hub or in a folder: Salesforce/blip2-itm-vit-g,
+#                                google-bert/bert-base-uncased
 eval_interval = 500            # steps between two evaluations, each with a checkpoint
 log_interval = 10              # steps between two lines of log.jsonl
 eval_iters = 8                 # micro-batches for each loss of an evaluation
@@ -119,6 +121,7 @@ vision_lr = 6e-4               # of the encoder
 sam_lr = -1.0                  # of deepencoder's SAM; -1: vision_lr
 compressor_lr = -1.0           # of its compressor; -1: vision_lr
 qformer_lr = 6e-4              # of the Q-Former
+qformer_new_lr = -1.0          # of its queries and cross-attention, which BERT does not have; -1: qformer_lr
 connector_lr = 6e-4            # of the connector
 muon_lr = 0.02                 # of the hidden matrices under optimizer muon
 max_iters = 600000             # total number of training iterations
@@ -201,7 +204,7 @@ def init_from_scratch(config, enc):
     if config.lora_rank:
         raise ValueError('lora_rank adapts a trained model: name one with --init_from')
     args = {name: getattr(config, name) for name in knobs_of(GPTConfig)}
-    vision_args, vision_state = read_vision_from(config)
+    vision_args, vision_state = read_vision_from(config, enc)
     args.update(vision_args, vocab_size=pad_vocab(enc.n_vocab), image_token=enc.image_id)
     model = new_model(complete_config(GPTConfig(**args)), load=not brings_encoder(vision_state))
     if vision_state:
@@ -215,10 +218,8 @@ def init_from_checkpoint(config, enc, checkpoint):
     if config.objective != known['objective']:
         raise ValueError(f'a run with objective {config.objective} cannot start from {source}, which was trained '
                          f'with {known["objective"]}: --vision_from={source} takes over its encoder and Q-Former')
-    # the model has a row for each id of the tokenizer's text, for some special tokens, and a few more
-    spare = known['vocab_size'] - enc.n_text
     other_image_token = known['vision_encoder'] and known['image_token'] != enc.image_id
-    if not 0 <= spare <= max(64, enc.n_text // 256) or other_image_token:
+    if not fits_tokenizer(known['vocab_size'], enc) or other_image_token:
         raise ValueError(f'{source} was not trained with the tokenizer {enc.name}: it has {known["vocab_size"]} '
                          f'tokens, the tokenizer {enc.n_text} and its special ones; name the one it was trained '
                          'with by --tokenizer')
@@ -236,7 +237,7 @@ def init_from_checkpoint(config, enc, checkpoint):
             raise ValueError(f'{source} already has a vision encoder, {known["vision_encoder"]!r}, and this run '
                              f'asks for {config.vision_encoder!r}: start from a text model, or leave it as it is')
     elif config.vision_encoder or config.vision_from:
-        vision_args, vision_state = read_vision_from(config)
+        vision_args, vision_state = read_vision_from(config, enc)
         new = {name: getattr(config, name) for name in knobs_of(VisionConfig) if name not in ('block_size', 'n_embd')}
         args.update({**new, **vision_args, 'image_token': enc.image_id})
     model = build_model(checkpoint, source, load=not brings_encoder(vision_state), **args)
@@ -269,14 +270,29 @@ def resume_model(config, checkpoint, source):
             note(f'note: {key} was {old!r}, and is {new!r} from now on')
     return model
 
-def read_vision_from(config):
-    """({field of GPTConfig: value}, {name: tensor}) of vision_from; empty without it."""
-    if not config.vision_from:
+def read_vision_from(config, enc):
+    """({field of GPTConfig: value}, {name: tensor}) of vision_from; empty without it. The Q-Former's text embeddings are
+    left out if they are of another tokenizer: what it has trained besides is of use without them.
+    """
+    source = config.vision_from
+    if not source:
         return {}, {}
-    vision_args, state = vision_of(read_weights(config.vision_from), config.vision_from, config.connector)
+    checkpoint = read_weights(source)
+    vision_args, state = vision_of(checkpoint, source, config.connector)
     changed = [f'{name} {value!r}' for name, value in vision_args.items() if getattr(config, name, value) != value]
-    note(f'{config.vision_from}: ' + (', '.join(changed) or 'the configuration of this run'))
+    note(f'{source}: ' + (', '.join(changed) or 'the configuration of this run'))
+    vocab_size = checkpoint['model_args'].get('vocab_size', 0)
+    if config.objective != 'lm' and QFORMER_EMBEDDINGS[0] in state and not fits_tokenizer(vocab_size, enc):
+        note(f'note: the text embeddings of {source} are those of {vocab_size} tokens, the tokenizer {enc.name} has '
+             f'{enc.n_text} and its special ones: new ones are trained; to take them over, name theirs by --tokenizer')
+        state = {name: p for name, p in state.items() if name not in QFORMER_EMBEDDINGS}
     return vision_args, state
+
+def fits_tokenizer(vocab_size, enc):
+    """Whether a model with so many tokens can have been trained with this tokenizer: it has a row for each id of the
+    tokenizer's text, for some special tokens, and a few more.
+    """
+    return 0 <= vocab_size - enc.n_text <= max(64, enc.n_text // 256)
 
 def brings_encoder(vision_state):
     return any(name.startswith('vision.encoder.') for name in vision_state)
@@ -366,9 +382,10 @@ def load_optimizer(opt, state):
 
 def configure_optimizers(model, config):
     """A list of optimizers over the parts of a model, each with its own learning rate: learning_rate of the
-    GPT, vision_lr, sam_lr, compressor_lr, qformer_lr and connector_lr. A rate of 0 freezes the part: no gradient, no optimizer
-    state, eval mode. Matrices and embeddings decay, biases and norms don't. With lora_rank only the updates
-    of the GPT are trained. What is trained becomes float32: a small update is lost in bfloat16's rounding.
+    GPT, vision_lr, sam_lr, compressor_lr, qformer_lr, qformer_new_lr and connector_lr. A rate of 0 freezes the
+    part: no gradient, no optimizer state, eval mode. Matrices and embeddings decay, biases and norms don't. With
+    lora_rank only the updates of the GPT are trained. What is trained becomes float32: a small update is lost in
+    bfloat16's rounding.
 
     Under optimizer 'muon', Muon trains the hidden matrices of the Transformer blocks at muon_lr, times
     vision_lr / learning_rate in the encoder. A group's 'initial_lr' is its full rate, which the training loop
@@ -378,8 +395,10 @@ def configure_optimizers(model, config):
         raise ValueError(f'optimizer must be adamw or muon, got {config.optimizer!r}')
     rates = {'gpt': config.learning_rate, 'vision': config.vision_lr, 'qformer': config.qformer_lr,
              'connector': config.connector_lr}
-    for part, lr in (('sam', config.sam_lr), ('compressor', config.compressor_lr)):
-        rates[part] = config.vision_lr if lr == -1 else lr
+    for part, lr, default in (('sam', config.sam_lr, config.vision_lr),
+                              ('compressor', config.compressor_lr, config.vision_lr),
+                              ('qformer_new', config.qformer_new_lr, config.qformer_lr)):
+        rates[part] = default if lr == -1 else lr
     adamw_groups, muon_groups = [], []
     for part, named in model.param_groups().items():
         lr = rates[part]
@@ -478,7 +497,8 @@ def estimate_flops(model, batch):
     """
     idx, images = batch['idx'], batch['images']
     n_image_tokens = int((idx == model.config.image_token).sum())
-    tokens = {'qformer': n_image_tokens, 'connector': n_image_tokens, 'gpt': int((idx >= 0).sum())}
+    tokens = {part: n_image_tokens for part in ('qformer_new', 'qformer', 'connector')}
+    tokens['gpt'] = int((idx >= 0).sum())
     n_patches = 0
     if images is not None and not images[0].is_floating_point():  # cached features skip the encoder
         n_patches = int((images[1][..., 0] >= 0).sum())

@@ -932,16 +932,21 @@ def from_zero(grid):
     """Rows and columns (N, L, 2) of a view, -1 at padding, counted from its own first patch."""
     return grid.where(grid < 0, grid - grid[:, :1])
 
+# parts of names: what a Q-Former has and BERT does not. The MLPs of the queries start as copies of BERT's
+QFORMER_NEW = ('.queries', '.cross_attn.', '.ln_image.')
+
 def group_parameters(model):
     """{part: {name: parameter}} of a model: the parts that can have a learning rate each, in the order of the data. `vision`
-    is the encoder, or deepencoder's CLIP.
+    is the encoder, or deepencoder's CLIP, `qformer_new` what QFORMER_NEW lists of the Q-Former.
     """
-    groups = {part: {} for part in ('sam', 'compressor', 'vision', 'qformer', 'connector', 'gpt')}
+    groups = {part: {} for part in ('sam', 'compressor', 'vision', 'qformer_new', 'qformer', 'connector', 'gpt')}
     for name, p in model.named_parameters():
         vision, part, module = (name.split('.') + ['', ''])[:3]
         if vision != 'vision':
             part = 'gpt'
         elif part == 'encoder':
             part = module if module in groups else 'vision'
+        elif part == 'qformer' and any(new in name for new in QFORMER_NEW):
+            part = 'qformer_new'
         groups[part][name] = p
     return groups

@@ -7,8 +7,8 @@ Weights from anywhere -> a model, and back.
     load_weights     matches names and shapes, and says what was loaded, what is new, what does not fit
     to_hugging_face  a model as Hugging Face's classes read it
 
-The second half is about how Hugging Face stores GPT-2, Llama (SmolLM2), Qwen2, Qwen3, SmolLM3, BLIP-2's Q-Former, SmolVLM,
-LLaVA and nanoVLM: names of fields and tensors.
+The second half is about how Hugging Face stores GPT-2, Llama (SmolLM2), Qwen2, Qwen3, SmolLM3, BLIP-2's Q-Former, BERT,
+SmolVLM, LLaVA and nanoVLM: names of fields and tensors.
 """
 
 import json
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from blip2 import QFormerPretraining
 from model import GPT, GPTConfig
-from vision import PublishedViT, complete_config, fingerprint
+from vision import QFORMER_NEW, PublishedViT, complete_config, fingerprint
 
 def load_model(source, **overrides):
     """The model of any source that `read_weights` reads, with some fields of its configuration changed."""
@@ -33,7 +33,7 @@ def load_model(source, **overrides):
 
 def read_weights(source):
     """Any source of weights as one dict, that of nanoGPT's checkpoints: a ckpt.pt of nanoGPT or train.py, the
-    glimpse.safetensors of an export, a GPT-2, Llama, Qwen or BLIP-2 of Hugging Face, by hub name or folder.
+    glimpse.safetensors of an export, a GPT-2, Llama, Qwen, BLIP-2 or BERT of Hugging Face, by hub name or folder.
 
         model, model_args   {name: tensor} by our names, {field of GPTConfig: value}
         config              knobs of the run that made it; its 'tokenizer' names the tokenizer, 'chat_template' one that is
@@ -97,7 +97,7 @@ def read_base_model(path, base_model, args):
         raise ValueError(f'{path} holds LoRA updates only; the model they adapt cannot be read: {error}') from error
     if fingerprint(state) != base_model['fingerprint']:
         raise ValueError(f'{path} adapts {base_model["init_from"]}, but what is there now are other weights')
-    resized = {name: resize_embedding(state[name], args[key]) for name, key in RESIZABLE.items() if name in state}
+    resized = {name: resize_embedding(state[name], args[key]) for name, (key, _) in RESIZABLE.items() if name in state}
     return {**state, **resized}
 
 def build_model(checkpoint, source, load=True, **overrides):
@@ -123,7 +123,7 @@ def build_model(checkpoint, source, load=True, **overrides):
     has = lambda part: any(part in name for name in state)
     is_gpt = config.objective == 'lm'
     if is_gpt and not has('transformer.h.'):
-        raise ValueError(f'{source} holds no GPT: --vision_from={source} takes over its Q-Former')
+        raise ValueError(f'{source} holds no GPT: --vision_from={source} starts a Q-Former from it')
     if merges_lora:
         config = replace(config, lora_rank=old_rank)
     model = new_model(config, load=load and not has('vision.encoder.'), device='meta')
@@ -149,9 +149,11 @@ def new_model(config, load=True, device='cpu'):
         return QFormerPretraining(config, load)
     return GPT(config, load, device)
 
-# tables whose rows may be more or fewer than a checkpoint's, and the field that counts them
-RESIZABLE = {'transformer.wte.weight': 'vocab_size', 'lm_head.weight': 'vocab_size',
-             'transformer.wpe.weight': 'block_size'}
+# tables whose rows may be more or fewer than a checkpoint's, the field that counts them, and how many more there are at
+# the end: blip2.py's two own ids
+RESIZABLE = {'transformer.wte.weight': ('vocab_size', 0), 'lm_head.weight': ('vocab_size', 0),
+             'transformer.wpe.weight': ('block_size', 0),
+             'vision.qformer.wte.weight': ('vocab_size', 2), 'vision.qformer.wpe.weight': ('block_size', 0)}
 
 @torch.no_grad()
 def load_weights(model, state, source, args=(), optional=(), only=''):
@@ -162,20 +164,22 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
         args      model_args of `state`: its RESIZABLE tables may have more or fewer rows than the model's.
                   Old rows stay as they are, so the logits of text do not change by a bit
 
-    Returns the table of what was loaded, grown and new. Raises ValueError with what does not fit.
+    Returns the table of what was loaded, grown, new and left out. Raises ValueError with what does not fit.
     """
     own = {name: p for name, p in model.state_dict().items() if name.startswith(only)}
     is_optional = lambda name: any(part in name for part in optional)
     wrong = [f'unexpected {name}' for name in state if name not in own and not is_optional(name)]
     loaded, table = {}, defaultdict(list)
+    group_of = lambda name: 'LoRA' if '.lora_' in name else '.'.join(name.split('.')[:2])
     for name, p in own.items():
         action, note = 'loaded', ''
         old = state.get(name)
-        counts = RESIZABLE.get(name)
-        if old is not None and counts in args and len(old) == args[counts] != len(p):
+        counts, n_last = RESIZABLE.get(name, ('', 0))
+        if old is not None and counts in args and len(old) == args[counts] + n_last != len(p):
             action = 'grown' if len(old) < len(p) else 'cropped'
             note = f'{len(old)} -> {len(p)} rows'
-            old = resize_embedding(old, len(p))
+            first, last = old.split([args[counts], n_last])
+            old = torch.cat([resize_embedding(first, len(p) - n_last), last])
         if old is not None and old.shape == p.shape:
             loaded[name] = old
         elif is_optional(name):
@@ -184,8 +188,10 @@ def load_weights(model, state, source, args=(), optional=(), only=''):
             wrong.append(f'missing {name}')
         else:
             wrong.append(f'{name} is {tuple(old.shape)}, not {tuple(p.shape)}')
-        group = 'LoRA' if '.lora_' in name else '.'.join(name.split('.')[:2])
-        table[action, group, note].append(p.numel())
+        table[action, group_of(name), note].append(p.numel())
+    for name, p in state.items():
+        if name not in own:
+            table['left out', group_of(name), ''].append(p.numel())
     if wrong:
         raise ValueError(f'{source} does not hold the weights that its configuration asks for: ' + '; '.join(wrong))
     model.load_state_dict(loaded, strict=False, assign=True)  # strict=True is what has been done above
@@ -230,10 +236,14 @@ QFORMER_FIELDS = {'n_queries': 'num_query_tokens', 'qformer_n_layer': 'num_hidde
                   'qformer_cross_every': 'cross_attention_frequency'}
 # the Q-Former's text side, which belongs to a vocabulary and which a connector does not have
 QFORMER_TEXT = ('.wte.', '.wpe.', '.text_mlp.')
+QFORMER_EMBEDDINGS = ('vision.qformer.wte.weight', 'vision.qformer.wpe.weight')
+# what a BERT has and a Q-Former does not
+BERT_ONLY = ('.token_type_embeddings.', '.pooler.', '.cls.')
 
 def vision_of(checkpoint, source, connector):
     """What a model with this connector takes over of another one's encoder and Q-Former: ({field of GPTConfig:
-    value}, {name: tensor}). BLIP-2 gives its Q-Former. Raises ValueError if there is nothing to take over.
+    value}, {name: tensor}). BLIP-2 gives its Q-Former, BERT all of one but its queries and cross-attention. Raises
+    ValueError if there is nothing to take over.
     """
     args = vars(GPTConfig(**checkpoint['model_args']))
     prefixes = ('vision.encoder.', 'vision.qformer.') if connector == 'qformer' else ('vision.encoder.',)
@@ -242,8 +252,10 @@ def vision_of(checkpoint, source, connector):
     if args['vision_encoder'] == 'eva':  # BLIP-2's own stays with it: it is ten times as large as its Q-Former
         state = {name: p for name, p in state.items() if not name.startswith('vision.encoder.')}
         names = ()
-    if any(name.startswith('vision.qformer.') for name in state):
+    if 'vision.qformer.queries' in state:
         names += tuple(QFORMER_FIELDS)
+    elif any(name.startswith('vision.qformer.') for name in state):  # BERT: the run says how many queries there are
+        names += ('qformer_n_layer', 'qformer_n_head', 'qformer_n_embd')
     elif not state:
         raise ValueError(f'vision_from={source} has no small ViT or deepencoder to take over; a Q-Former needs '
                          '--connector=qformer')
@@ -254,7 +266,11 @@ def load_vision_from(model, state, source):
     parts = {'.'.join(name.split('.')[:2]) for name in state}  # vision.encoder, vision.qformer
     if 'vision.encoder' in parts:
         model.vision.encoder.fingerprint = ''  # other weights than the published ones
-    return load_weights(model, state, source, only=tuple(parts), optional=QFORMER_TEXT)
+    optional = QFORMER_TEXT
+    if 'vision.qformer.queries' not in state:
+        optional += QFORMER_NEW + BERT_ONLY
+    args = {counts: len(state[name]) - n_last for name, (counts, n_last) in RESIZABLE.items() if name in state}
+    return load_weights(model, state, source, args, optional, only=tuple(parts))
 
 def strip_prefixes(name):
     """Removes what torch.compile and DDP put in front of names."""
@@ -294,6 +310,9 @@ BLIP2 = {'query_tokens': 'queries', 'qformer.layernorm': 'ln_embed', 'qformer.en
          'intermediate_query.dense': 'query_mlp.fc', 'output_query': 'query_mlp',
          'intermediate.dense': 'text_mlp.fc', 'output': 'text_mlp',
          '.dense': '.proj', '.LayerNorm': '.ln', '.query.': '.q.', '.key.': '.k.', '.value.': '.v.'}
+# BERT's -> ours. Files of old have TensorFlow's names of the norms' weights
+BERT = {'LayerNorm.gamma': 'LayerNorm.weight', 'LayerNorm.beta': 'LayerNorm.bias', 'embeddings.LayerNorm': 'ln_embed',
+        'embeddings.token_type_embeddings': 'token_type_embeddings', 'encoder.layer': 'h', 'attention.self': 'attn', **BLIP2}
 
 def published_folder(source):
     """The folder of a published model; one on the hub is downloaded once. Raises ValueError if that fails."""
@@ -315,8 +334,8 @@ def read_published(source):
     config = {key: value for key, value in config.items() if value is not None}  # null is the default
     tensors = {name: p for name, p in tensors.items() if not name.endswith(CONSTANTS)}
     readers = {'gpt2': read_gpt2, 'llama': read_llama, 'qwen2': read_llama, 'qwen3': read_llama, 'smollm3': read_llama,
-               'nanovlm': read_nanovlm, 'blip-2': read_blip2, 'idefics3': read_smolvlm, 'smolvlm': read_smolvlm,
-               'llava': read_llava}
+               'nanovlm': read_nanovlm, 'blip-2': read_blip2, 'bert': read_bert, 'idefics3': read_smolvlm,
+               'smolvlm': read_smolvlm, 'llava': read_llava}
     model_type = config.get('model_type', 'nanovlm' if 'vit_hidden_dim' in config else None)  # nanoVLM's files have none
     path = f'{source}/config.json'
     if model_type not in readers:
@@ -429,8 +448,7 @@ def read_blip2(config, tensors):
     vision.qformer.*: 32 queries that attend to the penultimate layer of EVA-CLIP's ViT-g/14, 1408 wide.
     """
     config = {**config, **config.get('qformer_config', {})}
-    check_supported(config, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
-                             'intermediate_size': 4 * config.get('hidden_size', 768)})
+    check_qformer(config)
     # BLIP-2's defaults are VisionConfig's
     args = {ours: config[theirs] for ours, theirs in QFORMER_FIELDS.items() if theirs in config}
     args['connector'] = 'qformer'
@@ -444,6 +462,31 @@ def read_blip2(config, tensors):
         args |= more_args
         state |= more_state
     return args, state
+
+def read_bert(config, tensors):
+    """A BERT as the start of a Q-Former, as model_args and tensors named vision.qformer.*, as in
+    https://github.com/salesforce/LAVIS (blip2_qformer.py): the MLPs of the queries are copies of BERT's, which remain those
+    of the text; of blip2.py's two own ids CLS is BERT's [CLS], and DEC is new. Token types, pooler and heads have no use.
+    """
+    check_qformer(config)
+    args = {ours: config[theirs] for ours, theirs in QFORMER_FIELDS.items() if theirs in config}
+    tensors = {name.removeprefix('bert.'): p for name, p in tensors.items()}
+    wte = tensors['embeddings.word_embeddings.weight']
+    args.update(connector='qformer', vocab_size=len(wte), block_size=len(tensors['embeddings.position_embeddings.weight']))
+    dec = 0.02 * torch.randn(1, wte.shape[1], generator=torch.Generator().manual_seed(0))
+    tensors['embeddings.word_embeddings.weight'] = torch.cat([wte, wte[BERT_CLS:BERT_CLS + 1], dec.to(wte.dtype)])
+    state = {}
+    for name, p in tensors.items():
+        name = 'vision.qformer.' + rename(name, BERT)
+        state[name] = p
+        if 'text_mlp' in name:  # cloned, because each is trained
+            state[name.replace('text_mlp', 'query_mlp')] = p.clone()
+    return args, state
+
+def check_qformer(config):
+    """Raises ValueError if a BERT's or Q-Former's config.json is not of what vision.py's QFormer computes."""
+    check_supported(config, {'hidden_act': 'gelu', 'position_embedding_type': 'absolute', 'layer_norm_eps': 1e-12,
+                             'intermediate_size': 4 * config.get('hidden_size', 768)})
 
 def read_first_stage(config, tensors):
     """What makes a BLIP-2 for retrieval whole: its encoder, its heads, and text embeddings of blip2.py's two own ids."""

@@ -66,7 +66,7 @@ def batch_of_ids(idx, targets, images=None):
 def optimizer_config(**changes):
     """The knobs that configure_optimizers reads."""
     rates = dict(learning_rate=1e-3, vision_lr=1e-3, qformer_lr=1e-3, connector_lr=1e-3, sam_lr=-1.0,
-                 compressor_lr=-1.0, muon_lr=0.02)
+                 compressor_lr=-1.0, qformer_new_lr=-1.0, muon_lr=0.02)
     return SimpleNamespace(**{'optimizer': 'adamw', 'weight_decay': 0.1, 'beta1': 0.9, 'beta2': 0.95, **rates, **changes})
 
 

@@ -122,7 +122,7 @@ def test_text_logits_do_not_change_when_vision_is_added(tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'model_type': 'mamba'}, "blip-2, idefics3, smolvlm, llava, got 'mamba'"),
+    ({'model_type': 'mamba'}, "blip-2, bert, idefics3, smolvlm, llava, got 'mamba'"),
     ({'model_type': None}, 'got None'),
     ({'hidden_act': 'gelu'}, "its hidden_act is 'gelu', not 'silu'"),
     ({'attention_bias': True}, 'its attention_bias is True'),

@@ -265,7 +265,7 @@ def test_both_models_have_the_same_contract(build, names):
     assert set(losses) == names and all(loss.dim() == 0 and loss.requires_grad for loss in losses.values())
     assert model.loss_weight(batch) == weight
     groups = model.param_groups()
-    assert set(groups) == {'gpt', 'sam', 'compressor', 'vision', 'qformer', 'connector'}
+    assert set(groups) == {'gpt', 'sam', 'compressor', 'vision', 'qformer_new', 'qformer', 'connector'}
     grouped = [p for named in groups.values() for p in named.values()]
     assert len(grouped) == len(set(map(id, grouped)))
     assert set(map(id, grouped)) == set(map(id, model.parameters()))

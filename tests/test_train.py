@@ -185,7 +185,7 @@ SMALL_RECIPE = ['--n_layer=1', '--n_head=2', '--n_embd=32', '--vision_n_layer=1'
 # those that start from published models or other recipes are in other files
 @pytest.mark.parametrize('config', sorted({p.name for p in (ROOT / 'config').glob('*.py')} -
                                           {'vlm_align.py', 'vlm_sft.py', 'vlm_sft_lora.py', 'vlm_smollm2.py',
-                                           'vlm_smollm2_lora.py', 'read_smollm2_cpu.py', 'qformer_align.py',
+                                           'vlm_smollm2_lora.py', 'read_smollm2_cpu.py', 'qformer_align.py', 'qformer_bert.py',
                                            'vlm_qformer.py', 'connectors_cpu.py', 'render_pretrain_qwen3.py',
                                            'ocr_vision.py', 'ocr_mix.py', 'finetune.py'}))
 def test_every_recipe_runs_at_a_reduced_size(tmp_path, config):
