@@ -227,6 +227,8 @@ def init_from_checkpoint(config, enc, checkpoint):
     args['calculator'] = enc.calculator
     if known['max_image_side'] and config.max_image_side:  # more or fewer tiles
         args['max_image_side'] = config.max_image_side
+    if known['vision_encoder'] and config.image_positions:  # no weight depends on it
+        args['image_positions'] = config.image_positions
     if not known['lora_rank']:  # updates that are there already act as they were trained to
         args.update(lora_alpha=config.lora_alpha, lora_scope=config.lora_scope)
     if enc.n_vocab > known['vocab_size']:

@@ -6,12 +6,14 @@ sure it is of each word and where it looks. Gradio draws the page: pip install -
     Page         a model, and what happens when something on the page is pressed
     build        the page itself
 
-A model that continues texts gets the last turn alone, and BLIP-2's first stage ranks captions, one a line.
+A model that continues texts gets the last turn alone, one that chats also if the conversation no longer fits. BLIP-2's first
+stage ranks captions, one a line.
 """
 
 import html
 import os
 import tempfile
+from dataclasses import replace
 from functools import partial
 
 import gradio as gr
@@ -19,7 +21,7 @@ from PIL import Image, ImageDraw
 
 import render
 from blip2 import QFormerPretraining
-from dataloader import IMAGE, image_error, load_image, tokenize
+from dataloader import IMAGE, TooLong, image_error, load_image, tokenize
 from evaluate import attention_maps, rank_captions, reference, stream_answer, to_text, word_probabilities
 from patches import assemble, num_tokens, token_cells
 
@@ -40,24 +42,27 @@ def file_error(path):
     problem = image_error(path)
     return f'{name}: {problem}' if problem else ''
 
+def last_turn(history):
+    """The messages after the last answer."""
+    answers = [i for i, message in enumerate(history) if message['role'] == 'assistant']
+    return history[answers[-1] + 1:] if answers else history
+
 def to_example(history, as_chat):
     """The page's chat as an example: an <image> for each file, before the text of its turn."""
     turns, images = [], []
-    for message in history:
+    for message in history if as_chat else last_turn(history):
         if not turns or turns[-1]['role'] != message['role']:
-            turns.append({'role': message['role'], 'content': '', 'images': []})
+            turns.append({'role': message['role'], 'content': ''})
         for part in message['content']:
             if part['type'] == 'file':
-                turns[-1]['images'].append(part['file']['path'])
+                images.append(part['file']['path'])
+                turns[-1]['content'] += IMAGE + '\n'
             else:
                 turns[-1]['content'] += part['text']
-    if not as_chat:
-        turn = turns[-1]
-        return {'text': turn['content'] + len(turn['images']) * IMAGE, 'images': turn['images']}
-    for turn in turns:
-        images += turn['images']
-        turn['content'] = (len(turn.pop('images')) * (IMAGE + '\n') + turn['content']).strip()
-    return {'messages': turns, 'images': images}
+    if as_chat:
+        return {'messages': [{**turn, 'content': turn['content'].strip()} for turn in turns], 'images': images}
+    text = turns[-1]['content'].replace(IMAGE + '\n', '')
+    return {'text': text + len(images) * IMAGE, 'images': images}
 
 def complaint(message):
     """The exception whose message the page shows."""
@@ -83,7 +88,7 @@ class Page:
         if n_files and not self.model.config.vision_encoder:
             raise complaint('This model is text-only: remove the image.')
         if self.ranks_captions and (n_files != 1 or not text):
-            raise complaint('This model compares one image with captions: drop it, and write them, one a line.')
+            raise complaint('This model compares one image with captions: drop an image, and write captions, one a line.')
         if not n_files and not text:
             raise complaint('There is nothing to answer: write something, or drop an image.')
         parts = [{'path': path} for path in box['files']] + [text]
@@ -92,6 +97,8 @@ class Page:
     def respond(self, history, temperature, top_k, top_p, max_new_tokens):
         """Yields the chat with as much of the answer as there is, and (example, ids, log-probabilities)."""
         example = to_example(history, self.as_chat)
+        if self.as_chat and not self.fits(example, max_new_tokens):
+            example = to_example(last_turn(history), self.as_chat)  # what came before is forgotten
         with_answer = lambda text: history + [{'role': 'assistant', 'content': text}]
         if self.ranks_captions:
             yield with_answer(self.rank(history)), (example, [], [])
@@ -108,6 +115,15 @@ class Page:
                 raise complaint(str(error)) from None
             text = to_text(self.enc, ids).rstrip('\ufffd')  # of an incomplete character
             yield with_answer(text), (example, ids, logprobs)
+
+    def fits(self, example, max_new_tokens):
+        """Whether block_size has room for a conversation and an answer as long as it may be."""
+        config = self.model.config
+        try:
+            tokenize(example, self.enc, replace(config, block_size=config.block_size - max_new_tokens), prompt_only=True)
+        except TooLong:
+            return False
+        return True
 
     def rank(self, history):
         """The captions of the last turn, one a line, with their similarity to its image, the most similar first."""

@@ -131,7 +131,7 @@ def main(folder):
     make_smolvlm(folder / 'smolvlm')
     first, _ = learn(folder, 'first', 12000, 40, f'--init_from={folder}/smolvlm', '--lora_rank=0', '--optimizer=muon',
                      '--muon_lr=0.01', '--learning_rate=1e-3', '--vision_lr=1e-3', '--connector_lr=1e-3', '--min_lr=1e-5',
-                     '--warmup_iters=50', '--max_iters=2000', '--eval_interval=500', '--eval_samples=64')
+                     '--warmup_iters=50', '--max_iters=700', '--eval_interval=350', '--eval_samples=64')
     print(f'all weights, the first folder: {100 * first["exact"]:.1f} % of {first["n"]} held-out answers are exact')
     second, rows = learn(folder, 'second', 2000, 10, f'--init_from={folder}/first/ckpt.pt', '--learning_rate=2e-3',
                          '--connector_lr=0.0', '--max_iters=300', '--eval_interval=300')

@@ -57,6 +57,16 @@ def test_the_chat_is_an_example():
     assert web.to_example(turn('user', 'Once'), False) == {'text': 'Once', 'images': []}
 
 
+def test_a_conversation_that_no_longer_fits_is_forgotten(model, line):
+    page = web.Page(model, BYTES, FLOAT32, True)
+    last = turn('user', file_part(line), 'And this?')
+    for first, n_messages in (('Hi', 3), ('This is longer, so that not enough room is left', 1)):
+        history = turn('user', first) + turn('assistant', 'Yes.') + last
+        steps = list(page.respond(history, *SAMPLING))
+        assert len(steps[-1][1][0]['messages']) == n_messages
+        assert len(steps[-1][0]) == len(history) + 1  # the page shows all of it
+
+
 @pytest.mark.parametrize('as_chat', [True, False])
 def test_an_answer_grows_to_what_sample_py_answers(model, line, as_chat):
     page = web.Page(model, BYTES, FLOAT32, as_chat)
