@@ -58,21 +58,25 @@ def to_device(batch, where):
     images = batch['images'] and tuple(map(move, batch['images']))
     return {'images': images, **{name: move(value) for name, value in batch.items() if torch.is_tensor(value)}}
 
-def answer(model, enc, examples, cache=None, return_logprobs=False, temperature=0.0, **generation):
-    """Answers, a list of str, to conversations without their last answer or to texts to continue; none depends
-    on another. `generation` goes to model.generate. With return_logprobs each is (answer, mean log-probability
-    per token in nats, marked answer).
+@dataclass
+class Answer:
+    text: str
+    ids: list           # as they were generated, without the one that ended it
+    marked: str         # the text with each word in [brackets?] of which it was not confident
+    mean_logprob: float  # of a token, in nats; that it ends there is part of the answer, too
+
+def answer(model, enc, examples, cache=None, temperature=0.0, **generation):
+    """An Answer to each example, a conversation without its last answer or a text to continue; none depends on another.
+    `generation` goes to model.generate.
     """
     prompts, lengths = prompt_batch(model, enc, examples, cache)
-    out, logprobs_of = model.generate(**prompts, temperature=temperature, return_logprobs=True, **generation)
+    out, logprobs = model.generate(**prompts, temperature=temperature, return_logprobs=True, **generation)
     answers = []
-    for row, p, start in zip(out.tolist(), logprobs_of.tolist(), lengths):
+    for example, row, p, start in zip(examples, out.tolist(), logprobs.tolist(), lengths):
         ids = until_end(enc, row[start:])
-        text = to_text(enc, ids)
-        if return_logprobs:
-            p = p[start:start + len(ids) + 1]  # that it ends there is part of the answer, too
-            text = text, sum(p) / max(1, len(p)), mark_low_confidence(enc, ids, p)
-        answers.append(text)
+        p = p[start:start + len(ids) + 1]
+        text, marked = plain_text(enc.decode(ids), example), plain_text(mark_low_confidence(enc, ids, p), example)
+        answers.append(Answer(text, ids, marked, sum(p) / max(1, len(p))))
     return answers
 
 def stream_answer(model, enc, example, temperature=0.0, **generation):
@@ -93,12 +97,13 @@ def prompt_batch(model, enc, examples, cache=None):
                  'images': batch['images'] if any(p['images'] for p in prompts) else None}
     return arguments, batch['lengths'].tolist()
 
-def to_text(enc, ids):
-    """The ids of an answer as text, with the calculator's marks as GSM8K writes them."""
-    text = enc.decode(ids)
+def plain_text(text, example):
+    """What was generated for an example as a reader wants it: the calculator's marks as GSM8K writes them, and no space around
+    an answer, because SmolVLM's template, for one, has a space before it.
+    """
     for mark, plain in zip(CALL_MARKS, ('<<', '=', '>>')):
         text = text.replace(mark, plain)
-    return text
+    return text.strip() if 'messages' in example else text
 
 def calculator_of(enc):
     """`tools` of GPT.generate: after <|result|> the value of what stands before it comes, and <|end_call|>."""
@@ -155,8 +160,8 @@ def mark_low_confidence(enc, ids, token_logprobs):
 # column with most of it is a letter's own for 80 % of held-out letters, that or the next one for 99 %; in the first for 25
 # and 47 % (tests/bench.py attention out/quickstart, 2026-11-26)
 
-def attention_maps(model, enc, example, text, layer=0):
-    """Where each word of the answer `text` looked: [(word, the image that it attended to most, as the encoder reads it, red
+def attention_maps(model, enc, example, ids, layer=0):
+    """Where each word of an answer, its ids, looked: [(word, the image that it attended to most, as the encoder reads it, red
     where)]. The mean over the word's tokens, each at the place from which it was predicted, and over the heads of a layer, the
     first of which is 1; 0 takes the one at three quarters. Raises ValueError for a Q-Former.
     """
@@ -164,7 +169,6 @@ def attention_maps(model, enc, example, text, layer=0):
     if config.connector == 'qformer':
         raise ValueError("attention shows parts of images, and a Q-Former's queries are none")
     tokens = tokenize(example, enc, config, prompt_only=True)
-    ids = enc.encode(text)
     where = model.lm_head.weight.device
     idx = torch.tensor([tokens['idx'] + ids], device=where)                              # (1, T)
     batch = to_device({'images': collate_images(tokens['images'], config)}, where)
@@ -181,7 +185,7 @@ def attention_maps(model, enc, example, text, layer=0):
         views.append((assemble(patches, grid, config), token_cells(grid, config), own))
     word_of = [max(0, len(enc.decode(ids[:i + 1]).split()) - 1) for i in range(len(ids))]
     maps = []
-    for number, word in enumerate(text.split()):
+    for number, word in enumerate(enc.decode(ids).split()):
         predicted_from = [len(tokens['idx']) - 1 + i for i, own in enumerate(word_of) if own == number]
         attended = weights[predicted_from].mean(0)                                       # (T,)
         image, grid, own = max(views, key=lambda view: attended[view[2]].sum())
@@ -542,7 +546,8 @@ class Evaluation:
             # as long as the longest reference and a little more: an answer that goes on is wrong anyway
             length = lambda e: len(reference(e) if e.get('char_level') else self.enc.encode(reference(e)))
             longest = max(map(length, rows)) + 8
-            return answer(self.model, self.enc, list(map(question, rows)), self.cache, max_new_tokens=longest)
+            answers = answer(self.model, self.enc, list(map(question, rows)), self.cache, max_new_tokens=longest)
+            return [found.text for found in answers]
 
         return self.map(work, examples)
 

@@ -127,12 +127,12 @@ def prompt_example(text, images, as_chat):
     return {'messages': [{'role': 'user', 'content': content.strip()}], 'images': images}
 
 def print_answer(respond, example, prefix=''):
-    """Prints the answer to the example and returns it; with --logprobs marked, and the mean to stderr."""
-    (text, mean, marked), = respond([example])
-    print(prefix + (marked if logprobs else text), flush=True)
+    """Prints the Answer to the example and returns it; with --logprobs marked, and the mean to stderr."""
+    found, = respond([example])
+    print(prefix + (found.marked if logprobs else found.text), flush=True)
     if logprobs:
-        note(f'mean log-probability of a token: {mean:.3f} nats')
-    return text
+        note(f'mean log-probability of a token: {found.mean_logprob:.3f} nats')
+    return found
 
 def chat_loop(respond):
     """Reads turns from stdin and answers each, given all turns before it."""
@@ -145,8 +145,8 @@ def chat_loop(respond):
         if not line:
             return
         messages += prompt_example(line, [] if messages else images, True)['messages']
-        text = print_answer(respond, {'messages': messages, 'images': images})
-        messages.append({'role': 'assistant', 'content': text})
+        found = print_answer(respond, {'messages': messages, 'images': images})
+        messages.append({'role': 'assistant', 'content': found.text})
 
 def caption_folder(respond, size, as_chat):
     """The prompt's answers to the images of a folder, `size` at a time: captions.csv and .png in out_dir."""
@@ -162,9 +162,9 @@ def caption_folder(respond, size, as_chat):
         raise ValueError(f'no image in {folder}')
     work = lambda batch: respond([prompt_example(prompt, [path], as_chat) for path in batch])
     table = []
-    for path, (text, mean, marked) in zip(paths, map_across_ranks(work, paths, size, ONE_PROCESS)):
-        table.append({'image': os.path.relpath(path, folder), 'caption': text, 'logprob': f'{mean:.4f}',
-                      'marked': marked})
+    for path, found in zip(paths, map_across_ranks(work, paths, size, ONE_PROCESS)):
+        table.append({'image': os.path.relpath(path, folder), 'caption': found.text,
+                      'logprob': f'{found.mean_logprob:.4f}', 'marked': found.marked})
     captions = [row['marked' if logprobs else 'caption'] for row in table[:64]]
     write_results('captions', table, render.contact_sheet(list(map(load_image, paths[:64])), captions))
 
@@ -295,9 +295,8 @@ def main():
     if image and not model.config.vision_encoder:
         raise ValueError(f'{name} is text-only: it was trained without a vision_encoder')
     torch.manual_seed(seed)
-    # examples -> [(answer, mean log-probability, marked answer)]
-    respond = partial(answer, model, enc, return_logprobs=True, max_new_tokens=max_new_tokens,
-                      temperature=temperature, top_k=top_k, top_p=top_p)
+    # examples -> their Answers
+    respond = partial(answer, model, enc, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if web:
         return serve_page(model, enc, config, autocast, as_chat, name)
     with autocast:
@@ -312,9 +311,9 @@ def main():
             for i in range(num_samples):
                 if i:
                     print('---------------')
-                text = print_answer(respond, example, '' if as_chat else prompt)
-            if attention and image and text.split():
-                words, maps = zip(*attention_maps(model, enc, example, text, attention_layer))
+                found = print_answer(respond, example, '' if as_chat else prompt)
+            if attention and image and found.text.split():
+                words, maps = zip(*attention_maps(model, enc, example, found.ids, attention_layer))
                 write_results('attention', [], render.contact_sheet(maps, words))
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 import render
 from blip2 import QFormerPretraining
 from dataloader import IMAGE, TooLong, image_error, load_image, tokenize
-from evaluate import attention_maps, rank_captions, reference, stream_answer, to_text, word_probabilities
+from evaluate import attention_maps, plain_text, rank_captions, reference, stream_answer, word_probabilities
 from patches import assemble, num_tokens, token_cells
 
 MAX_MEGABYTES = 20         # of a file
@@ -113,8 +113,8 @@ class Page:
                 return
             except ValueError as error:
                 raise complaint(str(error)) from None
-            text = to_text(self.enc, ids).rstrip('\ufffd')  # of an incomplete character
-            yield with_answer(text), (example, ids, logprobs)
+            text = plain_text(self.enc.decode(ids), example)
+            yield with_answer(text.rstrip('\ufffd')), (example, ids, logprobs)
 
     def fits(self, example, max_new_tokens):
         """Whether block_size has room for a conversation and an answer as long as it may be."""
@@ -162,7 +162,7 @@ class Page:
         example, ids, _ = last
         try:
             with self.autocast:
-                maps = attention_maps(self.model, self.enc, example, self.enc.decode(ids), self.attention_layer)
+                maps = attention_maps(self.model, self.enc, example, ids, self.attention_layer)
         except ValueError as error:
             raise complaint(str(error)) from None
         return sheet([magnify(image) for _, image in maps], [word for word, _ in maps])

@@ -88,7 +88,8 @@ def test_red_is_where_a_word_looked(changes):
     model = Looking(config)
     example = {'messages': [{'role': 'user', 'content': '<image>\nWhat?'}], 'images': [Image.new('RGB', (32, 16), 'white')]}
     model.prompt_length = len(tokenize(example, BYTES, config, prompt_only=True)['idx'])
-    shown = attention_maps(model, BYTES, example, 'a b c d')  # the letters are tokens 0, 2, 4, 6, each with the space after it
+    # the letters are tokens 0, 2, 4, 6, each with the space after it
+    shown = attention_maps(model, BYTES, example, BYTES.encode('a b c d'))
     assert [word for word, _ in shown] == ['a', 'b', 'c', 'd']
     cells = token_cells(preprocess(example['images'][0], config)[1], config).tolist()
     for number, (_, image) in enumerate(shown):
@@ -111,6 +112,6 @@ def test_a_sheet_is_written(tmp_path):
     assert process.returncode == 0, process.stderr
     model = SimpleNamespace(config=tiny_config(connector='qformer'))
     with pytest.raises(ValueError, match="a Q-Former's queries are none"):
-        attention_maps(model, BYTES, {}, 'x')
+        attention_maps(model, BYTES, {}, [120])
     refused(inside('sample.py', f'--out_dir={tmp_path}/run', '--prompt=x', '--attention_layer=3', '--image', tmp_path / 'x.png',
                    '--attention'), 'attention_layer must be 1 to 2')

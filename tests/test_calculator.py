@@ -94,7 +94,7 @@ def test_generation_takes_the_calculators_result():
     model.lm_head.forward = lambda x: forced_logits(x) if x.dim() == 2 and len(x) == 2 else head(x)
     question = {'messages': [{'role': 'user', 'content': 'What?'}, {'role': 'assistant', 'content': ''}]}
     longer = {'messages': [{'role': 'user', 'content': 'What is that?'}, {'role': 'assistant', 'content': ''}]}
-    assert answer(model, enc, [question, longer], max_new_tokens=20) == ['<<6*7=42>>!'] * 2
+    assert [found.text for found in answer(model, enc, [question, longer], max_new_tokens=20)] == ['<<6*7=42>>!'] * 2
 
 
 def test_a_text_model_learns_to_call_and_its_answers_are_computed(tmp_path):

@@ -244,6 +244,16 @@ def test_another_vision_encoder_than_the_checkpoints_raises_and_its_own_shape_is
     assert set(kept.partition(': ')[2].split(', ')) == {'n_layer 2', "connector 'linear'"}
 
 
+def test_an_image_may_take_other_positions_than_in_the_checkpoint(run_dir, tmp_path):
+    losses = {}
+    for knob in ('', 'each'):
+        process = train(tmp_path / knob, f'--init_from={run_dir}/ckpt.pt', f'--image_positions={knob}', '--max_iters=1')
+        assert process.returncode == 0, process.stderr
+        assert read_checkpoint(tmp_path / knob / 'ckpt.pt')['model_args']['image_positions'] == knob
+        losses[knob] = read_log(tmp_path / knob)[0]['eval']['val_loss']
+    assert losses[''] != losses['each']
+
+
 def test_every_source_becomes_the_same_dict(run_dir, gpt2, tmp_path):
     """A nanoGPT checkpoint, ours, an export and a folder as on the hub."""
     nanogpt(tmp_path / 'ckpt.pt')

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import evaluate
 import sample
 from dataloader import get_tokenizer
-from evaluate import Evaluation, map_across_ranks, mark_low_confidence, score, similarity, warn_of_collapse
+from evaluate import Evaluation, map_across_ranks, mark_low_confidence, plain_text, score, similarity, warn_of_collapse
 from patches import collate_images
 from sample import DEFAULTS, ONE_PROCESS, prompt_example
 
@@ -205,6 +205,11 @@ def test_a_low_confidence_word_is_marked_whole():
     for doubtful in range(2, 6):  # each byte of a character of four
         p = [-9 if i == doubtful else -0.01 for i in range(len(whale))]
         assert mark_low_confidence(enc, whale, p) == 'a [\U0001f40b?] b'
+
+
+def test_space_around_an_answer_belongs_to_the_template():
+    assert plain_text(' a  cat\n', {'messages': []}) == 'a  cat'
+    assert plain_text(' a cat', {'text': 'Once'}) == ' a cat'
 
 
 def test_logprobs_are_printed_and_do_not_change_the_answer(run_dir, line):

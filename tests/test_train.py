@@ -153,7 +153,7 @@ def test_a_continuation_run_shows_samples_with_and_without_the_image(tmp_path, m
 
     def record_answer(model, enc, examples, *args, **knobs):
         answers = answer(model, enc, examples, *args, **knobs)
-        prompts.extend((e, ' '.join(text.split())[:150]) for e, text in zip(examples, answers))
+        prompts.extend((e, ' '.join(found.text.split())[:150]) for e, found in zip(examples, answers))
         return answers
 
     monkeypatch.setattr(render, 'contact_sheet', record_sheet)

@@ -74,10 +74,9 @@ def test_an_answer_grows_to_what_sample_py_answers(model, line, as_chat):
     steps = list(page.respond(history, *SAMPLING))
     texts = [chat[-1]['content'] for chat, _ in steps]
     expected, = answer(model, BYTES, [web.to_example(history, as_chat)], max_new_tokens=12)
-    assert len(expected) == 12 and texts == [expected[:n] for n in range(13)]
+    assert len(expected.text) == 12 and texts == [expected.text[:n] for n in range(13)]
     shown, _ = page.explain(steps[-1][1])
-    (_, _, marked), = answer(model, BYTES, [web.to_example(history, as_chat)], max_new_tokens=12, return_logprobs=True)
-    assert expected in shown and (int(shown.split('<rt>')[1].split('<')[0]) < 50) == ('?]' in marked)
+    assert expected.text in shown and (int(shown.split('<rt>')[1].split('<')[0]) < 50) == ('?]' in expected.marked)
 
 
 def test_what_is_shown_is_what_the_encoder_reads(model, line, monkeypatch):
@@ -225,7 +224,7 @@ def test_a_person_uses_the_page(browser, model, line, tmp_path, monkeypatch):
         ask(browser, 'What?')
         example = {'messages': [{'role': 'user', 'content': '<image>\nWhat?'}], 'images': [line]}
         expected, = answer(model, BYTES, [example], max_new_tokens=12)
-        expect(last_answer(browser)).to_have_text(expected)
+        expect(last_answer(browser)).to_have_text(expected.text)
         expect(browser.locator('#words rt')).to_have_count(1)
         browser.click('#look')
         expect(browser.locator('.image-frame img')).to_have_count(2)
