@@ -5,7 +5,7 @@ The first hour with a published model, end to end on a CPU, with the commands of
 
     a SmolVLM of Hugging Face's class, of reduced size and with random weights, and its tokenizer     FOLDER/smolvlm
     a folder of drawn shapes with a captions.csv; all of the model learns it                           FOLDER/first
-    a second one with captions in German; LoRA on what has learned the first                           FOLDER/second
+    a second one with captions of another form; LoRA on what has learned the first                     FOLDER/second
     the export of that, and the answers of Hugging Face's class to the images held out                 FOLDER/export
 
 It prints how many answers are exact, and how many of Hugging Face's are the same.
@@ -36,20 +36,17 @@ TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<image>', '<end_of_utterance>', '<fake_token_around_image>', '<global-img>']
-GERMAN = {'circle': 'Kreis', 'square': 'Quadrat', 'triangle': 'Dreieck', 'cross': 'Kreuz', 'red': 'rot', 'green': 'grün',
-          'blue': 'blau', 'yellow': 'gelb', 'purple': 'lila', 'black': 'schwarz', 'top': 'oben', 'bottom': 'unten',
-          'left': 'links', 'right': 'rechts', 'a': 'ein'}
-QUESTIONS = {'first': 'Describe the image.', 'second': 'Was ist auf dem Bild?'}
+QUESTIONS = {'first': 'Describe the image.', 'second': 'What is where?'}
 
-def captioned_shapes(seed):
-    """A drawing of one or two shapes, and its caption."""
+def captioned_shapes(seed, kind):
+    """A drawing of one or two shapes, and its caption: "a red circle top left, a blue cross bottom right", or in the second
+    folder "bottom right a blue cross, top left a red circle".
+    """
     rng = random.Random(seed)
     shapes = render.random_shapes(rng, rng.randint(1, 2))
-    in_order = sorted(shapes, key=lambda shape: render.QUARTERS.index(shape[2]))
-    return render.draw_shapes(shapes), ', '.join(f'a {color} {shape} {quarter}' for shape, color, quarter, *_ in in_order)
-
-def to_german(caption):
-    return ', '.join(' '.join(GERMAN[word] for word in fact.split()) for fact in caption.split(', '))
+    shapes.sort(key=lambda shape: render.QUARTERS.index(shape[2]), reverse=kind == 'second')
+    pattern = {'first': 'a {1} {0} {2}', 'second': '{2} a {1} {0}'}[kind]
+    return render.draw_shapes(shapes), ', '.join(pattern.format(*shape) for shape in shapes)
 
 def draw_folder(folder, kind, count, first_seed):
     """A folder of images with a captions.csv, as a user has it."""
@@ -58,9 +55,9 @@ def draw_folder(folder, kind, count, first_seed):
         writer = csv.writer(f)
         writer.writerow(['image', 'question', 'answer'])
         for i in range(count):
-            image, caption = captioned_shapes(first_seed + i)
+            image, caption = captioned_shapes(first_seed + i, kind)
             image.save(folder / f'{i:05d}.png')
-            writer.writerow([f'{i:05d}.png', QUESTIONS[kind], caption if kind == 'first' else to_german(caption)])
+            writer.writerow([f'{i:05d}.png', QUESTIONS[kind], caption])
 
 def make_smolvlm(folder):
     """SmolVLM's architecture with a million random weights: tiles of 64 pixels, 16 tokens each."""
@@ -68,15 +65,15 @@ def make_smolvlm(folder):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=448, special_tokens=SPECIAL, show_progress=False,
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=384, special_tokens=SPECIAL, show_progress=False,
                                              initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    captions = [captioned_shapes(i)[1] for i in range(500)]
-    backend.train_from_iterator([*captions, *map(to_german, captions), *QUESTIONS.values()], trainer)
+    captions = [captioned_shapes(i, 'first')[1] for i in range(500)]
+    backend.train_from_iterator([*captions, *QUESTIONS.values()], trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, chat_template=TEMPLATE, bos_token='<|im_start|>', eos_token='<end_of_utterance>',
         pad_token='<|im_start|>')
     tokenizer.save_pretrained(folder)
-    text = dict(model_type='llama', vocab_size=448, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+    text = dict(model_type='llama', vocab_size=384, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rope_theta=1e5,
                 tie_word_embeddings=False, pad_token_id=1)
     vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=64,
@@ -131,10 +128,10 @@ def main(folder):
     make_smolvlm(folder / 'smolvlm')
     first, _ = learn(folder, 'first', 12000, 40, f'--init_from={folder}/smolvlm', '--lora_rank=0', '--optimizer=muon',
                      '--muon_lr=0.01', '--learning_rate=1e-3', '--vision_lr=1e-3', '--connector_lr=1e-3', '--min_lr=1e-5',
-                     '--warmup_iters=50', '--max_iters=700', '--eval_interval=350', '--eval_samples=64')
+                     '--warmup_iters=50', '--max_iters=500', '--eval_interval=250', '--eval_samples=64')
     print(f'all weights, the first folder: {100 * first["exact"]:.1f} % of {first["n"]} held-out answers are exact')
     second, rows = learn(folder, 'second', 2000, 10, f'--init_from={folder}/first/ckpt.pt', '--learning_rate=2e-3',
-                         '--connector_lr=0.0', '--max_iters=300', '--eval_interval=300')
+                         '--connector_lr=0.0', '--max_iters=200', '--eval_interval=200')
     print(f'LoRA, the second folder: {100 * second["exact"]:.1f} % of {second["n"]} held-out answers are exact')
     run('sample.py', f'--out_dir={folder}/second', f'--export={folder}/export')
     answers = answers_of_hugging_face(folder / 'export', rows)
