@@ -41,7 +41,6 @@ from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -561,7 +560,7 @@ def write_published(folder):
 
 def open_published(side, folder):
     """generate(batch) of the model in a folder, by 'glimpse' or 'transformers': 64 new tokens. Returns the ids, the seconds
-    to the first token and the mean seconds of a further one.
+    to the first new one and the median seconds of a further one.
     """
     config = GPTConfig(**PUBLISHED['SmolVLM-256M'])
     if side == 'glimpse':
@@ -578,7 +577,7 @@ def open_published(side, folder):
     def generate(batch):
         start = time.perf_counter()
         ids = answer(batch)
-        return ids, clock[-64] - start, (clock[-1] - clock[-64]) / 63
+        return ids, clock[-64] - start, float(np.median(np.diff(clock[-64:])))
 
     return generate
 
@@ -607,8 +606,8 @@ def published():
     for rows, n_tiles in ((1, 1), (1, 5), (4, 1)):
         batch = tiles_batch(config, rows, n_tiles)
         rounds = [[generate(batch) for generate in models] for _ in range(3)]
-        name = f'{rows} x ({batch["idx"].shape[1] - 256} + 256) tokens: the first new one'
-        for place, name in ((1, name), (2, '    each further one')):
+        first = f'{rows} x ({batch["idx"].shape[1] - 256} + 256) tokens: the first new one'
+        for place, name in ((1, first), (2, '    each further one')):
             ours, theirs = (statistics.median(pair[side][place] for pair in rounds) for side in (0, 1))
             print(f'{name:<44}{ours:>10.3f} s{theirs:>12.3f} s{theirs / ours:>16.2f}', flush=True)
         if not torch.equal(*(ids for ids, *_ in rounds[0])):
@@ -623,14 +622,9 @@ def published_memory(side, folder):
     print(f'{side:<44}{loading:>12.2f}{process_memory("VmHWM"):>12.2f}', flush=True)
 
 
-class NormsInFloat32(TorchFunctionMode):
-    """Norms in float32, as autocast has them on CUDA; that of a CPU, which is used here, has them in bfloat16."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in (F.layer_norm, F.rms_norm):
-            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
-        return function(*args, **kwargs)
+def in_float32(norm):
+    """A norm as autocast has it on CUDA. That of a CPU, which is used here, has it in bfloat16."""
+    return lambda *args: norm(*tree_map_only(torch.Tensor, torch.Tensor.float, args))
 
 
 class Allocations(TorchDispatchMode):
@@ -673,14 +667,15 @@ def open_finetuning(model_config, config, dtype):
 def computed_peak(model_config, config, dtype, n_tiles):
     """GiB of tensors in the second step of train.py, computed by tensors that have shapes and no numbers."""
     batch = tiles_batch(model_config, config.batch_size, n_tiles)
-    is_half = dtype != torch.float32
+    norms = {name: in_float32(getattr(F, name)) for name in ('layer_norm', 'rms_norm')}
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, optimizers = open_finetuning(model_config, config, dtype)
         allocations = Allocations(list(model.parameters()))
-        # embed's checks need numbers, and are left out where a model is compiled
-        with allocations, mock.patch('torch.compiler.is_compiling', return_value=True):
+        # embed's checks need numbers; a compiled model has none of them
+        compiling = mock.patch('torch.compiler.is_compiling', return_value=True)
+        with allocations, compiling, mock.patch.multiple(F, **norms):
             for _ in range(2):
-                with torch.autocast('cpu', torch.bfloat16, is_half), NormsInFloat32() if is_half else nullcontext():
+                with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
                     loss = model(batch)['lm'] / model.loss_weight(batch)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
@@ -692,25 +687,25 @@ def computed_peak(model_config, config, dtype, n_tiles):
 
 def memory(*words):
     """
-    By model, image and LoRA rank: GiB of a step, without and with checkpoint_activations, and the smallest card that holds
+    GiB of a step by model, image and LoRA rank, without and with checkpoint_activations, and the smallest card that holds
     it. Computed for eager bfloat16; a GiB is added for CUDA and for gaps. First the same in float32, next to what it takes.
     """
     # freed memory goes back to the system at once, and does not count
     env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}
     subprocess.run([sys.executable, __file__, 'memory_measured', *words], check=True, env=env)
-    print(f'{"":<15}{"image tokens":>13}{"LoRA":>6}{"GiB":>8}{"GB card":>9}{"checkpointed":>14}{"GB card":>9}')
-    for name, shape in PUBLISHED.items():
-        for n_tiles in (1,) if 'LLaVA' in name else (1, 17):
-            for rank in (8, 64):
-                model_config = GPTConfig(**{**shape, 'block_size': 2048}, lora_rank=rank)
-                n_image_tokens = int((tiles_batch(model_config, 1, n_tiles)['idx'] == model_config.image_token).sum())
-                print(f'{name:<15}{n_image_tokens:>13}{rank:>6}', end='', flush=True)
-                for checkpoints in (False, True):
-                    config = train_config('config/finetune.py', *words, f'--checkpoint_activations={checkpoints}')
-                    peak = computed_peak(model_config, config, torch.bfloat16, n_tiles)
-                    card = next((size for size in (8, 16, 24, 80) if peak + 1 <= size), 'none')
-                    print(f'{peak:>{14 if checkpoints else 8}.1f}{card:>9}', end='', flush=True)
-                print()
+    config = train_config('config/finetune.py', *words)
+    print(f'{"computed":<15}{"image tokens":>13}{"LoRA":>6}{"GiB":>8}{"GB card":>9}{"checkpointed":>14}{"GB card":>9}')
+    for name, n_tiles, rank in itertools.product(PUBLISHED, (1, 17), (8, 64)):
+        if 'LLaVA' in name and n_tiles > 1:
+            continue
+        model_config = GPTConfig(**{**PUBLISHED[name], 'block_size': config.block_size}, lora_rank=rank)
+        n_image_tokens = tiles_batch(model_config, 1, n_tiles)['idx'].shape[1] - 256
+        print(f'{name:<15}{n_image_tokens:>13}{rank:>6}', end='', flush=True)
+        for config.checkpoint_activations in (False, True):
+            peak = computed_peak(model_config, config, torch.bfloat16, n_tiles)
+            card = next((size for size in (8, 16, 24, 80) if peak + 1 <= size), 'none')
+            print(f'{peak:>{14 if config.checkpoint_activations else 8}.1f}{card:>9}', end='', flush=True)
+        print()
 
 
 def memory_measured(*words):
