@@ -858,7 +858,7 @@ class Vision(nn.Module):
         elif is_deepencoder(config):
             self.encoder = DeepEncoder(config, load)
         elif config.vision_encoder in ('siglip', 'clip', 'eva') and config.image_size:
-            with torch.device('cpu' if load else 'meta'):  # a billion random weights would only take memory
+            with torch.device('cpu' if load else 'meta'):  # where weights come next, random ones take no memory
                 self.encoder = PublishedViT(config)
         elif config.vision_encoder == 'vit':
             self.encoder = ViT(config)

@@ -255,9 +255,9 @@ def make_step(config, batch):
     return step
 
 
-def make_batch(images, n_image_tokens, n_text_tokens, n_target_tokens, image_token):
-    """Sequences of one image and some text each; the last n_target_tokens are in the loss."""
-    rows = len(images[0])
+def make_batch(images, n_image_tokens, n_text_tokens, n_target_tokens, image_token, n_images=1):
+    """Sequences of n_images, with n_image_tokens in all, and some text each; the last n_target_tokens are in the loss."""
+    rows = len(images[0]) // n_images
     text = torch.randint(0, image_token, (rows, n_text_tokens), generator=torch.Generator().manual_seed(0))
     idx = torch.cat([torch.full((rows, n_image_tokens), image_token), text], 1)
     targets = torch.where(idx == image_token, -1, idx)
@@ -543,24 +543,13 @@ def tiles_batch(config, rows, n_tiles):
     pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tile = preprocess(vision.Image.fromarray(pixels.numpy()), config)
     images = collate_images([tile] * (rows * n_tiles), config)
-    n_image_tokens = n_tiles * num_tokens(tile, config)
-    text = torch.randint(0, config.image_token, (rows, 256), generator=torch.Generator().manual_seed(0))
-    idx = torch.cat([torch.full((rows, n_image_tokens), config.image_token), text], 1)
-    targets = torch.where(torch.arange(idx.shape[1]) < idx.shape[1] - 128, -1, idx)
-    return {'idx': idx, 'targets': targets, 'places': dataloader.target_places(targets), 'images': images,
-            'lengths': torch.full((rows,), idx.shape[1])}
-
-
-def write_published(folder):
-    """SmolVLM-256M with random weights, as Hugging Face's class reads it."""
-    config, state = weights.to_hugging_face(GPT(GPTConfig(**PUBLISHED['SmolVLM-256M'])))
-    Path(folder, 'config.json').write_text(json.dumps(config))
-    save_file(state, f'{folder}/model.safetensors', metadata={'format': 'pt'})
+    batch = make_batch(images, n_tiles * num_tokens(tile, config), 256, 128, config.image_token, n_tiles)
+    return {**batch, 'lengths': torch.full((rows,), batch['idx'].shape[1])}
 
 
 def open_published(side, folder):
     """generate(batch) of the model in a folder, by 'glimpse' or 'transformers': 64 new tokens. Returns the ids, the seconds
-    to the first new one and the median seconds of a further one.
+    to the first new one and the median seconds of a further one, as the processor counts them for this process.
     """
     config = GPTConfig(**PUBLISHED['SmolVLM-256M'])
     if side == 'glimpse':
@@ -572,10 +561,10 @@ def open_published(side, folder):
         answer = lambda batch: model.generate(**to_transformers(batch, config), max_new_tokens=64, min_new_tokens=64,
                                               do_sample=False, eos_token_id=None, pad_token_id=0)
     clock = []
-    model.lm_head.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
+    model.lm_head.register_forward_hook(lambda *_: clock.append(time.process_time()))
 
     def generate(batch):
-        start = time.perf_counter()
+        start = time.process_time()
         ids = answer(batch)
         return ids, clock[-64] - start, float(np.median(np.diff(clock[-64:])))
 
@@ -591,11 +580,14 @@ def to_transformers(batch, config):
 
 
 def published():
-    """Memory by a process for each side; median times of three rounds in turn: what else runs here slows both."""
+    """Memory by a process for each side; median times of one thread in three rounds, by turns."""
+    torch.set_num_threads(1)  # of several, the processor's time says little
     sides = 'glimpse', 'transformers'
     config = GPTConfig(**PUBLISHED['SmolVLM-256M'])
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, __file__, 'write_published', folder], check=True)
+        settings, state = weights.to_hugging_face(GPT(config))  # random weights
+        Path(folder, 'config.json').write_text(json.dumps(settings))
+        save_file(state, f'{folder}/model.safetensors', metadata={'format': 'pt'})
         print(f'{"peak GiB, one image of five tiles":<44}{"loading":>12}{"generation":>12}')
         for side in sides:
             subprocess.run([sys.executable, __file__, 'published_memory', side, folder], check=True)
@@ -782,8 +774,8 @@ def attention(run):
 if __name__ == '__main__':
     modes = {'attention': attention, 'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed,
              'compile': compiled, 'fsdp': fsdp, 'fsdp_row': fsdp_row, 'peer': peer, 'peer_memory': peer_memory, 'sft': sft,
-             'sft_row': sft_row, 'published': published, 'published_memory': published_memory,
-             'write_published': write_published, 'memory': memory, 'memory_measured': memory_measured}
+             'sft_row': sft_row, 'published': published, 'published_memory': published_memory, 'memory': memory,
+             'memory_measured': memory_measured}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:
