@@ -859,7 +859,8 @@ class Vision(nn.Module):
         elif is_deepencoder(config):
             self.encoder = DeepEncoder(config, load)
         elif config.vision_encoder in ('siglip', 'clip', 'eva') and config.image_size:
-            self.encoder = PublishedViT(config)
+            with torch.device('cpu' if load else 'meta'):  # where weights come next, random ones take no memory
+                self.encoder = PublishedViT(config)
         elif config.vision_encoder == 'vit':
             self.encoder = ViT(config)
         else:

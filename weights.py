@@ -137,7 +137,7 @@ def build_model(checkpoint, source, load=True, **overrides):
     model.base_model = checkpoint['base_model']
     if config.lora_rank and not old_rank:
         model.base_model = {'init_from': source, 'fingerprint': fingerprint(state)}
-    if is_gpt and config.vision_encoder and not has('vision.'):
+    if is_gpt and config.vision_encoder and load and not has('vision.'):
         model.match_rms()
     if merges_lora:
         model.merge_lora()

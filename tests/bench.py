@@ -12,6 +12,8 @@ Speed and memory on this machine: not a test, a measurement. Medians of several 
     $ python tests/bench.py pack                 # useful tokens a second of documents like LLaVA's, padded and packed
     $ python tests/bench.py fsdp                 # what each of two processes keeps of a GPT-2, with DDP and with FSDP
     $ python tests/bench.py rows 10000000        # a .jsonl of so many rows: time to open it, memory, rows in random order
+    $ python tests/bench.py published            # SmolVLM-256M against Hugging Face's class: generation, memory
+    $ python tests/bench.py memory               # fine-tuning published models: computed for a GPU, checked on this CPU
 
 Encoders have random weights here: they cost what trained ones cost.
 """
@@ -27,11 +29,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ROOT = Path(__file__).resolve().parent.parent
 os.chdir(ROOT)
@@ -43,10 +54,11 @@ import render  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 import vision  # noqa: E402
+import weights  # noqa: E402
 from configurator import configure  # noqa: E402
 from evaluate import best_dtype, find_device, to_device  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from patches import collate_images, num_tokens, preprocess  # noqa: E402
+from patches import assemble, collate_images, num_tokens, preprocess  # noqa: E402
 
 
 def train_config(*words):
@@ -67,6 +79,12 @@ def median_seconds(function, rounds=7):
 
 def report(name, value, unit, digits=0):
     print(f'{name:<58}{value:>12,.{digits}f} {unit}')
+
+
+def process_memory(field):
+    """A field of /proc/self/status in GiB: VmRSS is the resident memory, VmHWM the most it was, RssAnon without files."""
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(field)) / 2**20
 
 
 # -----------------------------------------------------------------------------
@@ -238,9 +256,9 @@ def make_step(config, batch):
     return step
 
 
-def make_batch(images, n_image_tokens, n_text_tokens, n_target_tokens, image_token):
-    """Sequences of one image and some text each; the last n_target_tokens are in the loss."""
-    rows = len(images[0])
+def make_batch(images, n_image_tokens, n_text_tokens, n_target_tokens, image_token, n_images=1):
+    """Sequences of n_images, with n_image_tokens in all, and some text each; the last n_target_tokens are in the loss."""
+    rows = len(images[0]) // n_images
     text = torch.randint(0, image_token, (rows, n_text_tokens), generator=torch.Generator().manual_seed(0))
     idx = torch.cat([torch.full((rows, n_image_tokens), image_token), text], 1)
     targets = torch.where(idx == image_token, -1, idx)
@@ -329,8 +347,7 @@ def fsdp_row(*words):
     seconds = time.perf_counter() - start
     gb = lambda tensors: sum(getattr(t, '_local_tensor', t).nbytes for t in tensors) / 1e9
     states = [value for opt in optimizers for state in opt.state.values() for value in state.values()]
-    with open('/proc/self/status') as f:
-        resident = next(int(line.split()[1]) for line in f if line.startswith('VmRSS')) / 1e6
+    resident = process_memory('VmRSS') * 2**30 / 1e9
     if dist_env.rank == 0:
         sizes = [gb(model.parameters()), gb(p.grad for p in model.parameters()), gb(states)]
         print(f'{" ".join(words):<36}{sizes[0]:>9.2f}{sizes[1]:>11.2f}{sizes[2]:>11.2f}{resident:>10.2f}{seconds:>10.1f}',
@@ -503,12 +520,204 @@ def peer_memory(side):
     print(f'{peak:>10.2f} GiB', end='', flush=True)
 
 
+# -----------------------------------------------------------------------------
+# published models in their real shapes: generation next to Hugging Face's class, memory of fine-tuning
+
+LLAMA = dict(bias=False, norm='rmsnorm', position='rope', mlp='swiglu', image_positions='each', tie_weights=False)
+SMOL = dict(**LLAMA, vision_encoder='siglip', vision_layer=-1, connector='shuffle', image_fit='squash', vocab_size=49280,
+            image_token=49190, block_size=8192, rope_theta=1e5, tile_marks=True, max_image_side=2048)
+SIGLIP_B = dict(pool_size=4, image_size=512, vision_n_layer=12, vision_n_head=12, vision_n_embd=768)
+SIGLIP_SO400M = dict(pool_size=3, image_size=384, patch_height=14, patch_width=14, vision_n_layer=27, vision_n_head=16,
+                     vision_n_embd=1152, vision_n_inner=4304)
+CLIP_L = dict(vision_encoder='clip', vision_layer=-2, connector='mlp', image_fit='crop', image_size=336, patch_height=14,
+              patch_width=14, vision_n_layer=24, vision_n_head=16, vision_n_embd=1024)
+PUBLISHED = {
+    'SmolVLM-256M': dict(**SMOL, **SIGLIP_B, n_layer=30, n_head=9, n_kv_head=3, n_embd=576, n_inner=1536),
+    'SmolVLM-500M': dict(**SMOL, **SIGLIP_B, n_layer=32, n_head=15, n_kv_head=5, n_embd=960, n_inner=2560),
+    'SmolVLM2-2.2B': dict(**SMOL, **SIGLIP_SO400M, n_layer=24, n_head=32, n_embd=2048, n_inner=8192),
+    'LLaVA-1.5-7B': dict(**LLAMA, **CLIP_L, n_layer=32, n_head=32, n_embd=4096, n_inner=11008, vocab_size=32064,
+                         image_token=32000, block_size=4096)}
+
+
+def tiles_batch(config, rows, n_tiles):
+    """Rows of an image of so many tiles and 256 tokens of text, of which 128 are in the loss."""
+    pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tile = preprocess(vision.Image.fromarray(pixels.numpy()), config)
+    images = collate_images([tile] * (rows * n_tiles), config)
+    batch = make_batch(images, n_tiles * num_tokens(tile, config), 256, 128, config.image_token, n_tiles)
+    return {**batch, 'lengths': torch.full((rows,), batch['idx'].shape[1])}
+
+
+def open_published(side, folder):
+    """generate(batch) of the model in a folder, by 'glimpse' or 'transformers': 64 new tokens. Returns the ids, the seconds
+    to the first new one and the median seconds of a further one, as the processor counts them for this process.
+    """
+    config = GPTConfig(**PUBLISHED['SmolVLM-256M'])
+    if side == 'glimpse':
+        model = weights.load_model(folder).eval()
+        answer = lambda batch: model.generate(batch['idx'], 64, 0, images=batch['images'])
+    else:
+        from transformers import SmolVLMForConditionalGeneration
+        model = SmolVLMForConditionalGeneration.from_pretrained(folder).eval()
+        answer = lambda batch: model.generate(**to_transformers(batch, config), max_new_tokens=64, min_new_tokens=64,
+                                              do_sample=False, eos_token_id=None, pad_token_id=0)
+    clock = []
+    model.lm_head.register_forward_hook(lambda *_: clock.append(time.process_time()))
+
+    def generate(batch):
+        start = time.process_time()
+        ids = answer(batch)
+        return ids, clock[-64] - start, float(np.median(np.diff(clock[-64:])))
+
+    return generate
+
+
+def to_transformers(batch, config):
+    """A batch as Hugging Face's processor makes it."""
+    tiles = [torch.from_numpy(np.array(assemble(*tile, config))) for tile in zip(*batch['images'])]
+    pixels = torch.stack(tiles).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = pixels.unflatten(0, (len(batch['idx']), -1))                       # (B, n_tiles, 3, H, W)
+    return {'input_ids': batch['idx'], 'attention_mask': torch.ones_like(batch['idx']), 'pixel_values': pixels}
+
+
+def published():
+    """Memory by a process for each side; median times of one thread in three rounds, by turns."""
+    torch.set_num_threads(1)  # of several, the processor's time says little
+    sides = 'glimpse', 'transformers'
+    config = GPTConfig(**PUBLISHED['SmolVLM-256M'])
+    with tempfile.TemporaryDirectory() as folder:
+        settings, state = weights.to_hugging_face(GPT(config))  # random weights
+        Path(folder, 'config.json').write_text(json.dumps(settings))
+        save_file(state, f'{folder}/model.safetensors', metadata={'format': 'pt'})
+        print(f'{"peak GiB, one image of five tiles":<44}{"loading":>12}{"generation":>12}')
+        for side in sides:
+            subprocess.run([sys.executable, __file__, 'published_memory', side, folder], check=True)
+        models = [open_published(side, folder) for side in sides]
+    print(f'{"":<44}{sides[0]:>12}{sides[1]:>14}{"times as fast":>16}')
+    for generate in models:  # warms up
+        generate(tiles_batch(config, 1, 1))
+    for rows, n_tiles in ((1, 1), (1, 5), (4, 1)):
+        batch = tiles_batch(config, rows, n_tiles)
+        rounds = [[generate(batch) for generate in models] for _ in range(3)]
+        first = f'{rows} x ({batch["idx"].shape[1] - 256} + 256) tokens: the first new one'
+        for place, name in ((1, first), (2, '    each further one')):
+            ours, theirs = (statistics.median(pair[side][place] for pair in rounds) for side in (0, 1))
+            print(f'{name:<44}{ours:>10.3f} s{theirs:>12.3f} s{theirs / ours:>16.2f}', flush=True)
+        if not torch.equal(*(ids for ids, *_ in rounds[0])):
+            print('    their answers differ')
+
+
+def published_memory(side, folder):
+    generate = open_published(side, folder)
+    loading = process_memory('VmHWM')
+    Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts again
+    generate(tiles_batch(GPTConfig(**PUBLISHED['SmolVLM-256M']), 1, 5))
+    print(f'{side:<44}{loading:>12.2f}{process_memory("VmHWM"):>12.2f}', flush=True)
+
+
+def in_float32(norm):
+    """A norm as autocast has it on CUDA. That of a CPU, which is used here, has it in bfloat16."""
+    return lambda *args: norm(*tree_map_only(torch.Tensor, torch.Tensor.float, args))
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of all tensors that operations make, and of those given: now, and at most."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = set()
+        self.add(tensors)
+
+    def add(self, tensors):
+        for storage in {x.untyped_storage() for x in tree_leaves(tensors) if torch.is_tensor(x)}:
+            if storage._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+
+    def remove(self, storage, size):
+        self.storages.discard(storage)
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.add(result)
+        return result
+
+
+def open_finetuning(model_config, config, dtype):
+    """(model, its optimizers) as train.py has them: frozen weights in dtype, trained ones in float32."""
+    model = GPT(model_config)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    if config.checkpoint_activations:
+        train.recompute_activations(model)
+    return model, train.configure_optimizers(model, config)
+
+
+def computed_peak(model_config, config, dtype, n_tiles):
+    """GiB of tensors in the second step of train.py, computed by tensors that have shapes and no numbers."""
+    batch = tiles_batch(model_config, config.batch_size, n_tiles)
+    norms = {name: in_float32(getattr(F, name)) for name in ('layer_norm', 'rms_norm')}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, optimizers = open_finetuning(model_config, config, dtype)
+        allocations = Allocations(list(model.parameters()))
+        # embed's checks need numbers; a compiled model has none of them
+        compiling = mock.patch('torch.compiler.is_compiling', return_value=True)
+        with allocations, compiling, mock.patch.multiple(F, **norms):
+            for _ in range(2):
+                with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    loss = model(batch)['lm'] / model.loss_weight(batch)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    return allocations.peak / 2**30
+
+
+def memory(*words):
+    """
+    GiB of a step by model, image and LoRA rank, without and with checkpoint_activations, and the smallest card that holds
+    it. Computed for eager bfloat16; a GiB is added for CUDA and for gaps. First the same in float32, next to what it takes.
+    """
+    # freed memory goes back to the system at once, and does not count
+    env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}
+    subprocess.run([sys.executable, __file__, 'memory_measured', *words], check=True, env=env)
+    config = train_config('config/finetune.py', *words)
+    print(f'{"computed":<15}{"image tokens":>13}{"LoRA":>6}{"GiB":>8}{"GB card":>9}{"checkpointed":>14}{"GB card":>9}')
+    for name, n_tiles, rank in itertools.product(PUBLISHED, (1, 17), (8, 64)):
+        if 'LLaVA' in name and n_tiles > 1:
+            continue
+        model_config = GPTConfig(**{**PUBLISHED[name], 'block_size': config.block_size}, lora_rank=rank)
+        n_image_tokens = tiles_batch(model_config, 1, n_tiles)['idx'].shape[1] - 256
+        print(f'{name:<15}{n_image_tokens:>13}{rank:>6}', end='', flush=True)
+        for config.checkpoint_activations in (False, True):
+            peak = computed_peak(model_config, config, torch.bfloat16, n_tiles)
+            card = next((size for size in (8, 16, 24, 80) if peak + 1 <= size), 'none')
+            print(f'{peak:>{14 if config.checkpoint_activations else 8}.1f}{card:>9}', end='', flush=True)
+        print()
+
+
+def memory_measured(*words):
+    """Steps of train.py on this CPU in float32: how much the process grew at most, and what is computed for that."""
+    config = train_config('config/finetune.py', *words, '--device=cpu', '--dtype=float32')
+    model_config = GPTConfig(**PUBLISHED['SmolVLM-256M'], lora_rank=8)
+    computed = computed_peak(model_config, config, torch.float32, 1)
+    before = process_memory('VmRSS')
+    model, optimizers = open_finetuning(model_config, config, torch.float32)
+    batch = tiles_batch(model_config, config.batch_size, 1)
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    for _ in range(3):
+        train.train_step(model, optimizers, scaler, [batch], nullcontext(), config, train.setup_distributed(config), 0)
+    report('SmolVLM-256M, 64 image tokens, LoRA 8, float32: measured', process_memory('VmHWM') - before, 'GiB', 2)
+    report('    computed', computed, 'GiB', 2)
+
+
 def rows(count):
     """A generated .jsonl of conversations with an image each; memory is the anonymous memory of this process."""
-    def memory():
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) for line in f if line.startswith('RssAnon')) / 1024
-
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'rows.jsonl')
         with open(path, 'w') as f:
@@ -517,7 +726,7 @@ def rows(count):
                 messages = [question, {'role': 'assistant', 'content': 'A cat.'}]
                 print(json.dumps({'messages': messages, 'images': [f'images/{i:08d}.jpg']}), file=f)
         report('file', os.path.getsize(path) / 1e6, 'MB')
-        before = memory()
+        before = process_memory('RssAnon')
         for name in ('opened for the first time, every row checked', 'opened again'):
             start = time.perf_counter()
             dataset = dataloader.FileRows(path)
@@ -527,7 +736,7 @@ def rows(count):
         for i in range(100_000):
             examples[i]
         report('rows in random order', 100_000 / (time.perf_counter() - start), 'rows/s')
-        report('memory that all this took', memory() - before, 'MiB')
+        report('memory that all this took', 1024 * (process_memory('RssAnon') - before), 'MiB')
 
 
 def attention(run):
@@ -566,7 +775,8 @@ def attention(run):
 if __name__ == '__main__':
     modes = {'attention': attention, 'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed,
              'compile': compiled, 'fsdp': fsdp, 'fsdp_row': fsdp_row, 'peer': peer, 'peer_memory': peer_memory, 'sft': sft,
-             'sft_row': sft_row}
+             'sft_row': sft_row, 'published': published, 'published_memory': published_memory, 'memory': memory,
+             'memory_measured': memory_measured}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import inside, refused
+from conftest import inside, make_model, refused
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -15,7 +15,8 @@ from dataloader import collate, frame_images, get_tokenizer, tokenize
 from evaluate import similarity
 from patches import collate_images, preprocess, separate_tiles
 from sample import prompt_example
-from weights import load_model, read_weights
+from vision import Vision
+from weights import build_model, load_model, load_vision_from, read_weights, vision_of
 
 MARKS = ['<fake_token_around_image>', '<global-img>', *(f'<row_{r}_col_{c}>' for r in range(1, 7) for c in range(1, 7))]
 SMOLVLM_TEMPLATE = (
@@ -151,6 +152,23 @@ def test_smolvlm_without_tiles(smolvlm, tmp_path):
     processor = transformers.Idefics3Processor(images, processor.tokenizer, image_seq_len=4, chat_template=SMOLVLM_TEMPLATE)
     batch, ours = compare(tmp_path, theirs, processor, QUESTION, [picture(300, 150)])
     assert (batch['idx'] == 2).sum() == 4 and not ours.config.tile_marks
+
+
+def test_no_random_encoder_is_allocated_where_weights_come_next(smolvlm):
+    """Neither when the model is loaded, nor when a text model takes its encoder over."""
+    folder, _, _ = smolvlm
+    config = load_model(str(folder)).config
+    assert all(p.is_meta for p in Vision(config, load=False).encoder.parameters())
+    assert not any(p.is_meta for p in Vision(config).encoder.parameters())
+    args, state = vision_of(read_weights(str(folder)), str(folder), 'shuffle')
+    text = make_model(vision_encoder='')
+    checkpoint = {'model': text.state_dict(), 'model_args': vars(text.config), 'base_model': None, 'vision_fingerprint': ''}
+    model = build_model(checkpoint, 'text', load=False, connector='shuffle', pool_size=4, **args)
+    load_vision_from(model, state, str(folder))
+    model.match_rms()
+    images = collate_images([preprocess(picture(64, 64), model.config)], model.config)
+    rms = model.vision(*images)[0].square().mean().sqrt()
+    assert 0.5 < rms / text.transformer.wte.weight.square().mean().sqrt() < 2
 
 
 @pytest.mark.parametrize('size', [(256, 192), (1, 1), (1000, 30), (31, 800), (64, 64), (65, 64), (129, 257)])
