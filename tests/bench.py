@@ -359,8 +359,8 @@ def sft():
     """
     Samples a second, share of the GPU's peak and memory of config/vlm_sft.py's shape, each row in its own process.
 
-    One NVIDIA H200, bfloat16, 2026-11-26; samples/s, MFU %, peak GiB. Compiled packed rows are padded to max_images images, here
-    8 where 2 or 3 are there:
+    One NVIDIA H200, bfloat16, 2026-11-26; samples/s, MFU %, peak GiB. Compiled packed rows are padded to max_images images,
+    here 8 where 2 or 3 are there:
 
         documents   padded, eager      packed, eager      padded, compiled   packed, compiled
         8           225   12.6   5.7   202   10.3   4.5   256   14.3   5.5   219   11.2   4.3
