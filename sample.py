@@ -71,9 +71,6 @@ tokenizer = ''           # as in train.py; '' takes the checkpoint's
 vision_encoder = ''      # where a pretrained encoder's weights are now, if their file has moved
 # -----------------------------------------------------------------------------
 
-# -----------------------------------------------------------------------------
-# the script
-
 # what an evaluation needs of train.py's knobs, for a model that was trained elsewhere
 DEFAULTS = dict(dataset='', text_dataset='', tasks='ocr', loss_on='assistant', eval_iters=8, batch_size=12,
                 seed=1337, augment='', min_span=200, max_span=4000, tokenizer='', system_prompt='auto', packing=False,
@@ -222,19 +219,21 @@ def write_results(name, table, sheet):
         note(f'drawn in {path}.png')
 
 def serve_page(model, enc, config, autocast, as_chat, name):
-    """The page in the browser, with held-out examples of the run, if its dataset is there."""
+    """The page in the browser, with four held-out examples of the run, if its datasets are there."""
     try:
         from web import Page, build, serve
     except ImportError as error:
         raise ValueError(f"--web needs Gradio ({error}): pip install -e '.[web]'") from None
     examples = []
-    if config.dataset and model.config.vision_encoder:
+    sources = parse_mixture(config.dataset) if config.dataset and model.config.vision_encoder else []
+    for source in sources:
         try:
-            held_out = held_out_examples(parse_mixture(config.dataset)[0].name, config, config.tasks)
-            examples = [held_out[i] for i in range(min(len(held_out.rows), 20))]
+            held_out = held_out_examples(source.name, config, config.tasks)
         except ValueError as error:
-            note(f'the page shows no examples: {error}')
-    examples = [example for example in examples if example['images']][:4]
+            note(f'the page shows no examples of {source.name}: {error}')
+            continue
+        own = [held_out[i] for i in range(min(len(held_out.rows), 20))]
+        examples += [example for example in own if example['images']][:max(1, 4 // len(sources))]
     page = Page(model, enc, autocast, as_chat, attention_layer)
     serve(build(page, name, examples, temperature, top_k, top_p, max_new_tokens), host, port)
 
