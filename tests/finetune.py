@@ -8,7 +8,8 @@ The first hour with a published model, end to end on a CPU, with the commands of
     a second one with captions of another form; LoRA on what has learned the first                     FOLDER/second
     the export of that, and the answers of Hugging Face's class to the images held out                 FOLDER/export
 
-It prints how many answers are exact, and how many of Hugging Face's are the same.
+It prints how many answers are exact, and how many of Hugging Face's are the same. One core of an AMD EPYC beside other work,
+2026-11-26: 11 minutes, 100 % of 298 held-out answers; LoRA 3 minutes, 95.7 % of 187; 187 of Hugging Face's 187 are the same.
 """
 
 import csv
