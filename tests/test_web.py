@@ -161,17 +161,23 @@ def browser():
         chromium.close()
 
 
-DROP = """async ([name, bytes]) => {
+BRING = """async ([name, bytes, pastes]) => {
     const data = new DataTransfer();
     data.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
     const target = document.querySelector('textarea');
+    const rest = {bubbles: true, cancelable: true};
+    if (pastes)
+        return target.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, ...rest}));
     for (const kind of ['dragenter', 'dragover', 'drop'])
-        target.dispatchEvent(new DragEvent(kind, {dataTransfer: data, bubbles: true, cancelable: true}));
+        target.dispatchEvent(new DragEvent(kind, {dataTransfer: data, ...rest}));
 }"""
 
 
-def drop(browser, path):
-    browser.evaluate(DROP, [path.rpartition('/')[2], list(open(path, 'rb').read())])
+def bring(browser, path, pastes=False):
+    """Drops a file on the box, or pastes it."""
+    browser.evaluate(BRING, [path.rpartition('/')[2], list(open(path, 'rb').read()), pastes])
+    if not path.endswith('large.png'):
+        browser.wait_for_selector('.thumbnail-item')
 
 
 def ask(browser, text):
@@ -185,18 +191,18 @@ def last_answer(browser):
 
 
 def test_a_person_uses_the_page(browser, model, line, tmp_path, monkeypatch):
-    """Drops an image, asks, reads the answer, looks where it looked, stops an endless answer, and asks again; a broken file and
-    one that is too large are said to be so, and what was typed stays.
+    """Drops an image, asks, reads the answer, looks where it looked, pastes another, stops an endless answer, and asks again; a
+    broken file and one that is too large are said to be so, and what was typed stays.
     """
     from playwright.sync_api import expect
     expect.set_options(timeout=120_000)
     endless = []
 
     def stream(model, enc, example, **sampling):
-        if 'endless' not in example['messages'][-1]['content']:
+        if not example['messages'][-1]['content'].endswith('endless'):
             yield from real_stream(model, enc, example, **sampling)
             return
-        endless.append('begun')
+        endless.append(len(example['images']))
         try:
             ids = []
             while True:
@@ -219,8 +225,7 @@ def test_a_person_uses_the_page(browser, model, line, tmp_path, monkeypatch):
         browser.on('request', lambda request: is_local(request.url) or outside.append(request.url))
         browser.goto(blocks.local_url)
         browser.wait_for_selector('textarea')
-        drop(browser, line)
-        browser.wait_for_selector('.thumbnail-item img, .thumbnail-image')
+        bring(browser, line)
         ask(browser, 'What?')
         example = {'messages': [{'role': 'user', 'content': '<image>\nWhat?'}], 'images': [line]}
         expected, = answer(model, BYTES, [example], max_new_tokens=12)
@@ -230,16 +235,16 @@ def test_a_person_uses_the_page(browser, model, line, tmp_path, monkeypatch):
         expect(browser.locator('.image-frame img')).to_have_count(2)
         browser.screenshot(path=tmp_path / 'page.png')
 
+        bring(browser, line, pastes=True)
         ask(browser, 'endless')
         browser.wait_for_function("[...document.querySelectorAll('.bot')].at(-1)?.innerText.includes('zzzzz')")
         browser.click('#stop')
         browser.wait_for_function("[...document.querySelectorAll('#words')].at(-1)?.innerText.includes('zzzzz')")
-        while endless[-1] != 'ended':
+        while endless != [2, 'ended']:
             time.sleep(0.05)
 
         (tmp_path / 'broken.png').write_bytes(b'\x89PNG\r\n\x1a\n nothing more')
-        drop(browser, str(tmp_path / 'broken.png'))
-        browser.wait_for_selector('.thumbnail-item')
+        bring(browser, str(tmp_path / 'broken.png'))
         ask(browser, 'Again?')
         expect(browser.get_by_text('broken.png is not an image that can be read')).to_be_visible()
         expect(browser.locator('textarea').first).to_have_value('Again?')
@@ -250,7 +255,7 @@ def test_a_person_uses_the_page(browser, model, line, tmp_path, monkeypatch):
 
         large = tmp_path / 'large.png'
         Image.effect_noise((1600, 1600), 255).save(large)
-        drop(browser, str(large))
+        bring(browser, str(large))
         expect(browser.get_by_text('exceed the maximum allowed size of 1.0 Mb')).to_be_visible()
         assert not outside
     finally:
