@@ -60,7 +60,8 @@ def test_the_chat_is_an_example():
 def test_a_conversation_that_no_longer_fits_is_forgotten(model, line):
     page = web.Page(model, BYTES, FLOAT32, True)
     last = turn('user', file_part(line), 'And this?')
-    for first, n_messages in (('Hi', 3), ('This is longer, so that not enough room is left', 1)):
+    # of 64 positions the prompts take 22, 56 and 84, and an answer up to 12
+    for first, n_messages in (('Hi', 3), ('x' * 36, 1), ('x' * 64, 1)):
         history = turn('user', first) + turn('assistant', 'Yes.') + last
         steps = list(page.respond(history, *SAMPLING))
         assert len(steps[-1][1][0]['messages']) == n_messages
