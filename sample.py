@@ -233,7 +233,7 @@ def serve_page(model, enc, config, autocast, as_chat, name):
             note(f'the page shows no examples of {source.name}: {error}')
             continue
         own = [held_out[i] for i in range(min(len(held_out.rows), 20))]
-        examples += [example for example in own if example['images']][:max(1, 4 // len(sources))]
+        examples += [example for example in own if example.get('images')][:max(1, 4 // len(sources))]
     page = Page(model, enc, autocast, as_chat, attention_layer)
     serve(build(page, name, examples, temperature, top_k, top_p, max_new_tokens), host, port)
 

@@ -243,9 +243,9 @@ def build(page, title, examples, temperature, top_k, top_p, max_new_tokens):
                 gr.Markdown('**How sure was it?** Percent for each word.')
                 words = gr.HTML(elem_id='words')
                 gr.Markdown('**What did it read?**')
-                views = image_output()
+                views = image_output(elem_id='views')
                 look = gr.Button('Where did it look?', elem_id='look', visible=not page.ranks_captions)
-                maps = image_output()
+                maps = image_output(elem_id='maps')
         hidden = {'show_progress': 'hidden'}  # an error would be drawn over the box, besides its message
         asked = box.submit(page.add_turn, [box, chat], [box, chat], **hidden)
         answered = asked.success(page.respond, [chat, *knobs], [chat, last], concurrency_id='model', **hidden)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import web
 from blip2 import QFormerPretraining
-from dataloader import get_tokenizer
+from dataloader import Examples, get_tokenizer
 from evaluate import answer, rank_captions
 
 BYTES = get_tokenizer('bytes')
@@ -141,6 +141,11 @@ def test_sample_py_serves_the_run_at_a_local_address(run_dir, monkeypatch):
     assert served['server_name'] == '127.0.0.1' and served['share'] is False and served['max_file_size'] == '20mb'
     examples = [block for block in served['blocks'].blocks.values() if isinstance(block, gr.Dataset)]
     assert len(examples[0].samples) == 4
+    # conversations without an image show nothing
+    monkeypatch.setattr(Examples, '__getitem__', lambda self, i: {'messages': [{'role': 'user', 'content': 'Hi'}]})
+    process = inside('sample.py', f'--out_dir={run_dir}', '--web', '--device=cpu')
+    assert process.returncode == 0, process.stderr
+    assert not any(isinstance(block, gr.Dataset) for block in served['blocks'].blocks.values())
 
 
 # -----------------------------------------------------------------------------
@@ -232,8 +237,10 @@ def test_a_person_uses_the_page(browser, model, line, tmp_path, monkeypatch):
         expected, = answer(model, BYTES, [example], max_new_tokens=12)
         expect(last_answer(browser)).to_have_text(expected.text)
         expect(browser.locator('#words rt')).to_have_count(1)
+        expect(browser.locator('#views img')).to_be_visible()
+        expect(browser.locator('#maps img')).to_have_count(0)
         browser.click('#look')
-        expect(browser.locator('.image-frame img')).to_have_count(2)
+        expect(browser.locator('#maps img')).to_be_visible()
         browser.screenshot(path=tmp_path / 'page.png')
 
         bring(browser, line, pastes=True)
