@@ -1,7 +1,8 @@
 """
 What a model answers, and what its answers are worth: what train.py measures while it trains, and sample.py --eval afterwards.
 
-    answer            examples -> answers, a batch at a time
+    answer            examples -> answers, a batch at a time; stream_answer one of them, token by token
+    attention_maps    where each word of an answer looked
     score, METRICS    answers and references -> edits per character, accuracies, similarities of tables
     recall            embeddings of images and captions -> how often the right one is found
     Evaluation        the held-out examples of a run: losses with the true image, a blank one and another example's
