@@ -19,6 +19,7 @@ one_line = False        # a page, in the largest font that fits
 image_width = 384       # 24 x 24 patches, pooled 2 x 2: 144 tokens
 image_height = 384
 font_min = 12
+image_positions = 'each'  # better than one for all: render_continue_cpu.py
 vision_encoder = 'vit'
 connector = 'pool'
 pool_size = 2

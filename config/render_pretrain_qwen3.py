@@ -20,6 +20,7 @@ image_width = 336
 image_height = 336
 font_min = 12
 font_max = 200
+image_positions = 'each'  # better than one for all: render_continue_cpu.py
 vision_encoder = 'timm/vit_pe_core_large_patch14_336.fb'
 vision_layer = -1       # the last layer, without its class token: 24 x 24 features
 connector = 'pool'
