@@ -96,6 +96,8 @@ class Page:
 
     def respond(self, history, temperature, top_k, top_p, max_new_tokens):
         """Yields the chat with as much of the answer as there is, and (example, ids, log-probabilities)."""
+        if top_k is None or max_new_tokens is None:
+            raise complaint('top_k and max_new_tokens have to be numbers.')
         example = to_example(history, self.as_chat)
         if self.as_chat and not self.fits(example, max_new_tokens):
             example = to_example(last_turn(history), self.as_chat)  # what came before is forgotten
@@ -245,11 +247,12 @@ def build(page, title, examples, temperature, top_k, top_p, max_new_tokens):
                 gr.Markdown('**What did it read?**')
                 views = image_output(elem_id='views')
                 look = gr.Button('Where did it look?', elem_id='look', visible=not page.ranks_captions)
-                maps = image_output(elem_id='maps')
+                maps = image_output(elem_id='maps', visible=not page.ranks_captions)
         hidden = {'show_progress': 'hidden'}  # an error would be drawn over the box, besides its message
         asked = box.submit(page.add_turn, [box, chat], [box, chat], **hidden)
         answered = asked.success(page.respond, [chat, *knobs], [chat, last], concurrency_id='model', **hidden)
         answered.then(page.explain, last, [words, views], **hidden)
+        asked.success(lambda: None, None, maps)  # that of the answer before
         stop.click(None, cancels=answered)
         look.click(page.look, last, maps, concurrency_id='model', **hidden)
         clear.click(lambda: ([], None, '', None, None), None, [chat, last, words, views, maps], cancels=answered)

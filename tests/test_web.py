@@ -126,6 +126,8 @@ def test_mistakes_are_said_on_the_page(model, line, tmp_path):
             page.add_turn(box, [])
     with pytest.raises(gr.Error, match='block_size'):
         list(page.respond(turn('user', 'too long ' * 20), *SAMPLING))
+    with pytest.raises(gr.Error, match='have to be numbers'):
+        next(page.respond(turn('user', 'Hi'), 0.0, 0, 1.0, None))
     with pytest.raises(gr.Error, match='Ask about an image first'):
         page.look(None)
     text_only = web.Page(make_model(vision_encoder=''), BYTES, FLOAT32, True)
@@ -246,6 +248,7 @@ def test_a_person_uses_the_page(browser, model, line, tmp_path, monkeypatch):
         bring(browser, line, pastes=True)
         ask(browser, 'endless')
         browser.wait_for_function("[...document.querySelectorAll('.bot')].at(-1)?.innerText.includes('zzzzz')")
+        expect(browser.locator('#maps img')).to_have_count(0)
         browser.click('#stop')
         browser.wait_for_function("[...document.querySelectorAll('#words')].at(-1)?.innerText.includes('zzzzz')")
         while endless != [2, 'ended']:
