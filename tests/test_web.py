@@ -158,11 +158,14 @@ def browser():
     """A page of a headless Chromium."""
     if not CHROMIUM:
         pytest.skip('needs a Chromium')
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
     switches = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
                 '--disable-component-update', '--disable-sync']
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=switches)
+        try:
+            chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=switches)
+        except Error as error:
+            pytest.skip(f'the Chromium does not start: {error}')
         page = chromium.new_page(viewport={'width': 1280, 'height': 900})
         page.set_default_timeout(120_000)
         yield page
