@@ -53,7 +53,7 @@ from weights import (QFORMER_EMBEDDINGS, build_model, checkpoint_state, load_vis
 out_dir = 'out'
 init_from = 'scratch'          # scratch, resume (from out_dir), a checkpoint's path, or a published model: gpt2 to
 #                                gpt2-xl, OWNER/NAME on the hub or a folder with a GPT-2, Llama (SmolLM2), Qwen2, Qwen3,
-#                                SmolLM3, SmolVLM or LLaVA
+#                                SmolLM3, SmolVLM, LLaVA or nanoVLM
 vision_from = ''               # a checkpoint whose small ViT, deepencoder or Q-Former becomes this model's, or for its Q-Former
 #                                a BLIP-2 or a BERT on the hub or in a folder: Salesforce/blip2-itm-vit-g,
 #                                google-bert/bert-base-uncased

@@ -8,8 +8,8 @@ with the columns image, caption, or image, question, answer.
     python sample.py --out_dir=out/finetune --export=DIR       # for Hugging Face's class
 
 Other models: --init_from=HuggingFaceTB/SmolVLM2-500M-Video-Instruct or a LLaVA. Less memory: --checkpoint_activations=True,
---max_image_side=512 (a single tile) and a smaller batch_size, with gradient_accumulation_steps. Not run yet at this size;
-tests/test_published.py runs it on a SmolVLM of a few thousand weights.
+--max_image_side=512 (a single tile) and a smaller batch_size, with gradient_accumulation_steps; how much, `tests/bench.py
+memory` computes. Not run yet at this size; tests/finetune.py runs it on a CPU, on a SmolVLM of a million weights.
 """
 out_dir = 'out/finetune'
 init_from = 'HuggingFaceTB/SmolVLM-256M-Instruct'

@@ -28,14 +28,11 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from test_published import SMOLVLM_TEMPLATE as TEMPLATE  # noqa: E402
+
 import render  # noqa: E402
 from dataloader import load_image  # noqa: E402
 
-TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] == 'image' %}"
-    "{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
-    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<image>', '<end_of_utterance>', '<fake_token_around_image>', '<global-img>']
 QUESTIONS = {'first': 'Describe the image.', 'second': 'What is where?'}
 
