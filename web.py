@@ -260,6 +260,5 @@ def build(page, title, examples, temperature, top_k, top_p, max_new_tokens):
 
 def serve(blocks, host, port):
     """Shows the page at a local address until Ctrl-C; host 0.0.0.0 shows it to the network."""
-    theme = gr.themes.Default(font=['sans-serif'], font_mono=['monospace'])  # its usual ones are fetched from the web
-    blocks.launch(server_name=host, server_port=port or None, max_file_size=f'{MAX_MEGABYTES}mb', theme=theme,
-                  footer_links=[], show_error=True, share=False)
+    blocks.launch(server_name=host, server_port=port or None, max_file_size=f'{MAX_MEGABYTES}mb', footer_links=[],
+                  show_error=True, share=False)
