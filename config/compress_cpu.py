@@ -7,7 +7,7 @@ How much text fits into an image token? Pages of 8 to 24 characters, read throug
     python sample.py --compression out/deep4 out/pool4 out/qformer4 --eval=pydoc --out_dir=out/table
 
 2026-11-26, one core of an AMD EPYC each, two at a time: 7 to 24 minutes. Precision for 16, 9, 4, 1 tokens: 93, 79, 69, 32 %;
-pool 81, 73, 58, 30 %; qformer (9, 4, 1) 34, 32, 24 %. One position for all tokens of an image instead of one for each, pages
+pool 81, 73, 58, 30 %; qformer 32, 34, 32, 24 %. One position for all tokens of an image instead of one for each, pages
 of 12 to 32 characters, 4 tokens: CER 53 instead of 43 %. 4 tokens, --max_iters=5000, 20 minutes of CPU time: 90 %, not 69 %.
 """
 out_dir = 'out/compress_cpu'
