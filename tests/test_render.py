@@ -263,3 +263,9 @@ def test_text_without_spaces_or_width_is_drawn_and_not_kept_in_memory():
     assert ''.join(lines) == long_word and size >= render.MIN_SIZE
     assert render.short_word_length.cache_info().currsize < 200  # beginnings of words of at most 32 characters
     assert fit('\u0301', 100, 30)[0] >= render.MIN_SIZE  # an accent of no width, if the font has one
+
+
+def test_a_contact_sheet_has_as_many_columns_as_asked():
+    images = [Image.new('RGB', (50, 20), 'red')] * 4
+    sizes = [contact_sheet(images, ['a'] * 4, cell=60, columns=columns).size for columns in (1, 2, 4)]
+    assert sizes[0][0] < sizes[1][0] < sizes[2][0] and sizes[0][1] > sizes[1][1] > sizes[2][1]
