@@ -439,7 +439,7 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
                stop_ids=(), allowed=None, generator=None, tools=None):
         """Generates token by token: yields (out, logprobs, lengths) before the first token and after each, where row b has
-        out[b, :lengths[b]] so far. The three are changed in place. The model should be in eval mode.
+        out[b, :lengths[b]] so far. out and logprobs are changed in place. The model should be in eval mode.
 
         images       as in `embed`; they are encoded once
         lengths      (B,) prompt lengths: row b is idx[b, :lengths[b]]. None: all are T

@@ -157,7 +157,7 @@ def whole_patches(size, config):
     return size // config.patch_width * config.patch_width
 
 def resize(image, config):
-    """An RGB PIL image at the size at which the encoder reads it; bicubic, squares by image_resample."""
+    """An RGB PIL image at the size at which the encoder reads it, bicubic; squares as image_resample says."""
     if not is_native(config):
         return resize_to_square(image, config)
     if config.line_height:

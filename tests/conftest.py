@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -111,6 +112,16 @@ def train(out_dir, *knobs, processes=0, **kwargs):
     """A tiny run of train.py: in this process, or as one or more processes of their own."""
     words = ['train.py', *TINY, f'--out_dir={out_dir}', *knobs]
     return launch(*words, processes=processes, **kwargs) if processes else inside(*words)
+
+
+def write_pairs(folder):
+    """A dataset of four images with captions."""
+    for split in ('train', 'val'):
+        rows = []
+        for i in range(4):
+            Image.new('RGB', (30, 30), (60 * i, 90, 90)).save(folder / f'{split}{i}.png')
+            rows.append({'text': f'<image>A {split} image, number {i}.', 'images': [f'{split}{i}.png']})
+        (folder / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
 
 
 def read_log(out_dir):

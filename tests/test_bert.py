@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tokenizers
 import torch
-from conftest import ROOT, inside, optimizer_config, read_log, refused, train
+from conftest import ROOT, inside, optimizer_config, read_log, refused, train, write_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_qformer import captions, pair_batch, random_images
@@ -249,16 +249,6 @@ def test_the_new_part_has_its_rate(bert):
 
 # -----------------------------------------------------------------------------
 # runs
-
-def write_pairs(folder):
-    """A dataset of four images with captions."""
-    for split in ('train', 'val'):
-        rows = []
-        for i in range(4):
-            Image.new('RGB', (30, 30), (60 * i, 90, 90)).save(folder / f'{split}{i}.png')
-            rows.append({'text': f'<image>A {split} image, number {i}.', 'images': [f'{split}{i}.png']})
-        (folder / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-
 
 def recipe_knobs(*words):
     return configure(dict(vars(train_script)), GPTConfig, [str(ROOT / 'config' / 'qformer_bert.py'), *words])

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, batch_of_ids, inside, launch, make_model, optimizer_config, read_log, refused, tiny_config, train
+from conftest import (ROOT, batch_of_ids, inside, launch, make_model, optimizer_config, read_log, refused, tiny_config, train,
+                      write_pairs)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -631,12 +632,7 @@ def test_the_shape_of_qformer_align_is_that_of_the_published_blip2():
 
 def test_qformer_align_starts_with_blip2s_queries(blip2, tmp_path):
     """The recipe's own knobs, with a BLIP-2 and an encoder of a few thousand weights in place of the published ones."""
-    for split in ('train', 'val'):
-        rows = []
-        for i in range(4):
-            Image.new('RGB', (30, 30), (60 * i, 90, 90)).save(tmp_path / f'{split}{i}.png')
-            rows.append({'text': f'<image>A {split} image, number {i}.', 'images': [f'{split}{i}.png']})
-        (tmp_path / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    write_pairs(tmp_path)
     small = [f'--dataset={tmp_path}', '--tokenizer=bytes', '--vision_encoder=vit', '--vision_n_layer=1', '--vision_n_head=2',
              '--vision_n_embd=24', '--batch_size=4', '--gradient_accumulation_steps=1', '--max_iters=2', '--eval_interval=2',
              '--eval_iters=1', '--eval_samples=2', '--num_workers=0', '--device=cpu', '--compile=False',
