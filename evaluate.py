@@ -83,7 +83,8 @@ def answer(model, enc, examples, cache=None, temperature=0.0, **generation):
 def stream_answer(model, enc, example, temperature=0.0, **generation):
     """The answer to one example as it is generated: yields, after each token, (ids, their log-probabilities in nats)."""
     prompts, (start,) = prompt_batch(model, enc, [example])
-    for out, logprobs, lengths in model.stream(**prompts, temperature=temperature, **generation):
+    steps = model.stream(**prompts, temperature=temperature, return_logprobs=True, **generation)
+    for out, logprobs, lengths in steps:
         ids = until_end(enc, out[0, start:lengths[0]].tolist())
         yield ids, logprobs[0, start:start + len(ids)].tolist()
 

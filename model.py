@@ -431,13 +431,14 @@ class GPT(nn.Module):
         return_logprobs also (B, T') log-probabilities in nats, before temperature, top_k and top_p; 0 where nothing was
         generated.
         """
-        *_, (out, logprobs, lengths) = self.stream(idx, max_new_tokens, temperature, top_k, **more)
+        steps = self.stream(idx, max_new_tokens, temperature, top_k, return_logprobs=return_logprobs, **more)
+        *_, (out, logprobs, lengths) = steps
         end = lengths.max()
         return (out[:, :end], logprobs[:, :end]) if return_logprobs else out[:, :end]
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, images=None, lengths=None,
-               stop_ids=(), allowed=None, generator=None, tools=None):
+               stop_ids=(), allowed=None, generator=None, return_logprobs=False, tools=None):
         """Generates token by token: yields (out, logprobs, lengths) before the first token and after each, where row b has
         out[b, :lengths[b]] so far. out and logprobs are changed in place. The model should be in eval mode.
 
@@ -479,7 +480,8 @@ class GPT(nn.Module):
             logits = self.lm_head(x[rows, last]).float()                        # (B, vocab_size)
             logits = logits.masked_fill(never, -math.inf)
             new = sample_token(logits, temperature, top_k, top_p, generator)    # (B,)
-            logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
+            if return_logprobs:  # else they stay 0
+                logprobs[rows, lengths] = logits.log_softmax(-1)[rows, new].masked_fill(done, 0)
             new = call_tools(tools, forced, new, out, lengths) if tools else new
             new = new.masked_fill(done, pad_id)
             out[rows, lengths] = new
