@@ -939,11 +939,11 @@ def target_places(targets):
     """Where the targets (B, T) have one: indices (n,) of B * T places."""
     return (targets.flatten() >= 0).nonzero().squeeze(1)
 
-def collate(examples, config, n_images=0):
+def collate(examples, config, fixed_length=False):
     """Tokenized examples -> a batch: idx, targets int64 (B, T), padded on the right with -1; places (n,), as in
     `target_places`; lengths int64 (B,); images, what patches.collate_images makes of all of them, row by row, or None
-    without vision; of packed rows also docs (B, T), as in `pack`. n_images as there. An {"error": sentence} among the
-    examples is returned in place of a batch. ValueError if ids and images disagree.
+    without vision; of packed rows also docs (B, T), as in `pack`. fixed_length as in collate_images. An {"error": sentence}
+    among the examples is returned in place of a batch. ValueError if ids and images disagree.
     """
     errors = [example for example in examples if 'error' in example]
     if errors:
@@ -963,7 +963,7 @@ def collate(examples, config, n_images=0):
         n_tokens = sum(num_tokens(image, config) for image in images)
         if n_ids != n_tokens:
             raise ValueError(f'the batch has {n_ids} <image> ids, but its images make {n_tokens} tokens')
-        batch['images'] = collate_images(images, config, n_images)
+        batch['images'] = collate_images(images, config, fixed_length)
     return batch
 
 # -----------------------------------------------------------------------------
@@ -971,10 +971,10 @@ def collate(examples, config, n_images=0):
 
 WAITING = 128  # so many documents wait for a row with room for them before a batch is finished
 
-def pack(documents, config, batch_size, max_images, left_out=0, static_images=False):
+def pack(documents, config, batch_size, max_images, left_out=0, fixed_length=False):
     """Yields batches of `batch_size` rows of block_size tokens, filled with documents in their order: each goes to the first
     row with room for it (first fit), or waits for the next batch. `docs` has the number of each token's document in its row,
-    -1 for padding. A row has at most max_images images; static_images pads those of every batch to one shape.
+    -1 for padding. A row has at most max_images images; fixed_length as in patches.collate_images.
 
     documents: an endless iterator of (index, tokenized example or {"error": ...}). One that is longer than a row is cut in
     the text after its last image; if that is impossible, or it has too many images, it is left out and counted. `packing` of
@@ -982,7 +982,6 @@ def pack(documents, config, batch_size, max_images, left_out=0, static_images=Fa
     with, 'last': that of the last document taken from the iterator, 'left_out': how many so far}. Raises ValueError for a
     document's error, and if none of 1000 documents fits.
     """
-    n_images = batch_size * max_images if static_images else 0
     waiting = []
     in_succession = 0  # documents left out
     while True:
@@ -1006,7 +1005,7 @@ def pack(documents, config, batch_size, max_images, left_out=0, static_images=Fa
             for key in ('idx', 'targets', 'docs'):
                 row[key] += [-1] * (config.block_size - len(row[key]))
         state = {'waiting': [index for index, _ in waiting], 'last': index, 'left_out': left_out}
-        yield {**collate(rows, config, n_images), 'packing': state}
+        yield {**collate(rows, config, fixed_length), 'packing': state}
 
 def fit_document(document, config, max_images):
     """The tokenized example, cut to a row's length in the text after its last image; None if it does not fit."""

@@ -408,8 +408,10 @@ class GPT(nn.Module):
         x = self.hidden(batch['idx'], batch['images'], batch.get('docs')).flatten(0, 1)[places]  # (n, C)
         targets = batch['targets'].flatten()[places]                            # (n)
         # gigabytes of logits do not stay in memory: some at a time, and again in the backward pass
-        n_chunks = math.ceil(batch['idx'].numel() * self.config.vocab_size / MAX_LOGITS)
-        if n_chunks <= 1:
+        n_chunks = 1
+        while len(places) * self.config.vocab_size > n_chunks * MAX_LOGITS:
+            n_chunks *= 2  # each number of chunks is another graph when compiled, so there are few
+        if n_chunks == 1:
             return {'lm': self.head_loss(x, targets)}
         return {'lm': sum(checkpoint(self.head_loss, x[i::n_chunks], targets[i::n_chunks], use_reentrant=False)
                           for i in range(n_chunks))}

@@ -277,13 +277,13 @@ def view_lengths(config):
     side = lambda size: k * math.ceil(size // config.patch_width / k)
     return side(config.image_size)**2, side(config.tile_size)**2
 
-def collate_images(images, config, n_images=0):
+def collate_images(images, config, fixed_length=False):
     """Pads the images of a batch, a list of (patches, grid), to the longest. Returns
         patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
         layout   int64 (N, P), as in `arrange`; with image_newlines only
-    With n_images, N is n_images and L the largest possible, so that all batches have one shape. An empty list
-    becomes one image that is only padding. It adds no token, but the vision parameters get gradients of 0:
+    With fixed_length, L and P are the largest possible: a compiled model then needs one graph for all batches. An empty
+    list becomes one image that is only padding. It adds no token, but the vision parameters get gradients of 0:
     without them, a batch of text on one rank would leave the other ranks waiting.
     """
     if not images:
@@ -297,16 +297,18 @@ def collate_images(images, config, n_images=0):
     length = grid.shape[1]
     if config.max_tiles:  # room for one tile at least: see Vision.encode
         whole, tile = view_lengths(config)
-        length = max(length, whole + (config.max_tiles if n_images else 1) * tile)
-    elif n_images and is_native(config):  # squares all have one length
+        length = max(length, whole + (config.max_tiles if fixed_length else 1) * tile)
+    elif fixed_length and is_native(config):  # squares all have one length
         length = max(length, config.max_image_tokens * cell_size(config)**2 + config.vision_cls)
-    padding = (0, 0, 0, length - grid.shape[1], 0, max(0, n_images - len(grid)))
+    # of a number of images a graph makes a variable only from 2 on
+    n_missing = max(0, 2 - len(grid)) if fixed_length else 0
+    padding = (0, 0, 0, length - grid.shape[1], 0, n_missing)
     patches = F.pad(patches, padding)
     grid = F.pad(grid, padding, value=-1)
     if not config.image_newlines:
         return patches, grid
     layout = pad_sequence(layouts, batch_first=True, padding_value=PADDING)     # (N, P)
-    if n_images:  # at most a newline for each token
+    if fixed_length:  # at most a newline for each token
         longest = 2 * length // cell_size(config)**2 + 1
-        layout = F.pad(layout, (0, longest - layout.shape[1], 0, n_images - len(layout)), value=PADDING)
+        layout = F.pad(layout, (0, longest - layout.shape[1], 0, n_missing), value=PADDING)
     return patches, grid, layout

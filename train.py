@@ -42,7 +42,7 @@ from dataloader import (FeatureCache, Mixture, TokenizedExamples, collate, datas
                         is_plain_text, open_rows, pack, parse_mixture)
 from evaluate import all_gather, best_dtype, describe, find_device, note, open_evaluation, to_device, warn_of_collapse
 from model import GPTConfig
-from patches import is_deepencoder
+from patches import is_deepencoder, is_native
 from render import parse_tasks
 from vision import VisionConfig, complete_config
 from weights import (QFORMER_EMBEDDINGS, build_model, checkpoint_state, load_vision_from, new_model, published_fingerprint,
@@ -84,7 +84,7 @@ gradient_accumulation_steps = 1  # micro-batches of a step, over all processes t
 batch_size = 12                # examples, or packed rows, in a micro-batch
 block_size = 1024              # positions of a sequence; an image takes one, see image_positions
 packing = False                # several documents in a row of block_size tokens, each attends to itself only
-max_images = 8                 # packing: images in a row, at most; with compile each row is padded to as many
+max_images = 8                 # packing: images in a row, at most
 num_workers = 1                # processes that draw and tokenize ahead; 0 does it in the training process
 # images of text
 image_width = 256              # pixels of the box that the text is drawn into
@@ -550,6 +550,17 @@ def get_lr_scale(it, config, top_lr):
     ratio = (it - config.warmup_iters) / (end - config.warmup_iters)
     return floor + (1 - floor) * 0.5 * (1.0 + math.cos(math.pi * ratio))
 
+def mark_sizes(batch, model_config):
+    """Tells torch.compile which sizes differ from batch to batch: it makes one graph for all, and not two or three."""
+    mark = torch._dynamo.maybe_mark_dynamic
+    is_padded = 'docs' not in batch  # packed rows and their images have one length
+    mark(batch['places'], 0)
+    if is_padded:
+        mark(batch['idx'], 1)
+        mark(batch['targets'], 1)
+    for tensor in batch['images'] or ():
+        mark(tensor, (0, 1) if is_padded and is_native(model_config) else 0)
+
 def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, stop):
     """One optimizer step over this rank's micro-batches. The gradient is that of the mean loss over everything
     in the loss, on all ranks: a mean of means would weigh short answers more. Returns (loss in nats, number
@@ -570,8 +581,11 @@ def train_step(model, optimizers, scaler, batches, autocast, config, dist_env, s
     for i, batch in enumerate(batches):
         if isinstance(model, DDP):  # gradients are exchanged once a step, with the last micro-batch
             model.require_backward_grad_sync = i == len(batches) - 1
+        batch = to_device(batch, dist_env.device)
+        if config.compile:
+            mark_sizes(batch, raw_model.config)
         with autocast:
-            loss = sum(model(to_device(batch, dist_env.device)).values())
+            loss = sum(model(batch).values())
         summed += loss.detach()
         # DDP and FSDP average over ranks: times their number is the sum
         scaler.scale(loss * (dist_env.world_size / weight)).backward()

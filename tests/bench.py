@@ -176,6 +176,7 @@ def compiled(*words, count=60):
     batches = [run.batch(i) for i in range(count)]
     counter = CompileCounterWithBackend('inductor')
     for name, model in (('eager', run.model), ('compiled', torch.compile(run.model, backend=counter))):
+        run.config.compile = name == 'compiled'
         times = []
         for batch in batches:
             start = time.perf_counter()
@@ -390,7 +391,7 @@ def sft_row(rows, *words):
     batches = [dataloader.collate(documents[i:i + rows], model_config) for i in range(0, len(documents), rows)]
     if config.packing:
         stream = dataloader.pack(enumerate(itertools.cycle(documents)), model_config, max(1, rows // 2), config.max_images,
-                                   static_images=config.compile)
+                                   fixed_length=config.compile)
         batches = [next(stream) for _ in range(4)]
     runs = torch.compile(model) if config.compile else model
     step = lambda batch: train.train_step(runs, optimizers, scaler, [batch], autocast, config, dist_env, 0)[0].item()

@@ -201,8 +201,8 @@ def test_images_with_and_without_tiles_in_a_batch_give_what_they_give_alone(enco
     assert len(set(counts)) >= 3
     with torch.no_grad():
         emb, valid = model(*collate_images(images, config))
-        static, static_valid = model(*collate_images(images, config, n_images=6))
-        assert valid.sum(1).tolist() == counts and static_valid.sum(1).tolist() == [*counts, 0, 0]
+        static, static_valid = model(*collate_images(images, config, fixed_length=True))
+        assert valid.sum(1).tolist() == counts and static_valid.sum(1).tolist() == counts
         torch.testing.assert_close(static[static_valid], emb[valid])
         for i, image in enumerate(images):
             alone, alone_valid = model(*collate_images([image], config))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 
 import numpy as np
@@ -15,7 +16,7 @@ import dataloader
 from dataloader import collate, get_tokenizer, pack, tokenize
 from model import attend_in_blocks, document_block_mask, document_mask
 from patches import preprocess
-from train import estimate_flops
+from train import estimate_flops, mark_sizes
 
 BYTES = get_tokenizer('bytes')
 
@@ -175,17 +176,17 @@ def test_packed_documents_take_the_operations_of_single_ones():
     assert estimate_flops(model, batch) == sum(single) > 0
 
 
-def test_static_images_have_one_shape_and_change_nothing():
+def test_images_of_a_fixed_length_change_nothing():
     model = make_model(block_size=96)
     rng = random.Random(0)
     documents = [document(rng, n, model.config) for n in (1, 0, 2)]
     a = packed(documents, model.config)
-    b = packed(documents, model.config, static_images=True)
-    assert b['images'][0].shape[:2] == b['images'][1].shape[:2] == (8, model.config.max_image_tokens)
+    b = packed(documents, model.config, fixed_length=True)
+    assert b['images'][0].shape[:2] == b['images'][1].shape[:2] == (3, model.config.max_image_tokens)
     with torch.no_grad():
         assert model(a)['lm'].item() == pytest.approx(model(b)['lm'].item(), rel=1e-6)
-    text_only = packed([document(rng, 0, model.config)], model.config, static_images=True)
-    assert text_only['images'][0].shape == b['images'][0].shape
+    text_only = packed([document(rng, 0, model.config)], model.config, fixed_length=True)
+    assert text_only['images'][0].shape[:2] == (2, model.config.max_image_tokens)
 
 
 PACKED = ['--packing=True', '--tasks=ocr:1 text:1', '--batch_size=2', '--block_size=96', '--gradient_accumulation_steps=2']
@@ -256,6 +257,7 @@ def compiled_and_eager(model, batches):
     for batch in batches:
         loss, grads = gradients(model, batch)
         model.zero_grad()
+        mark_sizes(batch, model.config)
         value = compiled(batch)['lm']
         value.backward()
         assert value.item() == pytest.approx(loss, rel=1e-5)
@@ -264,14 +266,29 @@ def compiled_and_eager(model, batches):
     return counter.frame_count
 
 
-@pytest.mark.parametrize('max_logits', [2**28, 20_000], ids=['at once', 'in chunks'])
-def test_packed_rows_with_static_images_compile_to_at_most_two_graphs(monkeypatch, max_logits):
-    """The second has a symbolic number of targets."""
+@pytest.mark.parametrize('max_logits, n_graphs', [(2**28, 1), (20_000, 2)], ids=['at once', 'in one or two chunks'])
+def test_packed_rows_compile_to_one_graph(monkeypatch, max_logits, n_graphs):
+    """In which the numbers of images and targets are variables."""
     monkeypatch.setattr('model.MAX_LOGITS', max_logits)
     model = make_model(block_size=96)
     rng = random.Random(0)
-    documents = [document(rng, n % 3, model.config) for n in range(900)]
-    batches = pack(enumerate(documents), model.config, 2, 8, static_images=True)
+    documents = [document(rng, rng.choice((0, 0, 0, 0, 1, 2)), model.config) for _ in range(900)]
+    batches = pack(enumerate(documents), model.config, 1, 8, fixed_length=True)
     batches = [{name: value for name, value in batch.items() if name != 'packing'} for batch in itertools.islice(batches, 40)]
-    assert len({batch['images'][0].shape for batch in batches}) == 1
-    assert compiled_and_eager(model, batches) <= 2
+    assert len({len(batch['images'][0]) for batch in batches}) > 4
+    assert compiled_and_eager(model, batches) == n_graphs
+
+
+def test_chunks_of_the_logits_make_few_graphs(monkeypatch):
+    """Padded batches that need between one and seven chunks: a graph for one, two, four and eight."""
+    monkeypatch.setattr('model.MAX_LOGITS', 5_000)
+    model = make_model(block_size=96)
+    rng = random.Random(0)
+    batches = []
+    for _ in range(40):
+        length = rng.randint(4, 40)
+        row = {'idx': [model.config.image_token] * 6 + [97] * length, 'targets': [-1] * 6 + [97] * length,
+               'images': [preprocess(Image.new('RGB', (24, 16)), model.config)]}
+        batches.append(collate([row, row], model.config))
+    assert {math.ceil(len(batch['places']) * model.config.vocab_size / 5000) for batch in batches} >= {1, 3, 4, 5}
+    assert compiled_and_eager(model, batches) == 4
