@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 import weakref
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -369,11 +368,19 @@ def sft():
         128         319   20.0  78.9   599   32.8  24.2   not measured       443   24.3  25.3
     """
     print(f'{"":<32}{"samples/s":>12}{"MFU %":>8}{"peak GiB":>10}')
-    for rows in (8, 32, 128):
-        for packing in (False, True):
-            for compiles in (False, True):
-                command = [sys.executable, __file__, 'sft_row', str(rows), f'--packing={packing}', f'--compile={compiles}']
-                subprocess.run(command)  # one that needs too much memory does not stop the others
+    for compiles, packing, rows in itertools.product((False, True), (False, True), (8, 32, 128)):
+        try:
+            sft_row(rows, f'--packing={packing}', f'--compile={compiles}')
+        except torch.OutOfMemoryError:
+            print(f'{rows} documents, packing={packing}, compile={compiles}: out of memory', flush=True)
+
+
+@functools.cache
+def sft_model():
+    config = train_config('config/vlm_sft.py')
+    knobs = {name: getattr(config, name) for name in train.knobs_of(GPTConfig)}
+    model_config = vision.complete_config(GPTConfig(**{**knobs, 'image_token': 50257, 'bias': True}))
+    return GPT(model_config, load=False).to(find_device())
 
 
 def sft_row(rows, *words):
@@ -381,9 +388,8 @@ def sft_row(rows, *words):
     rows = int(rows)
     config = train_config('config/vlm_sft.py', *words)
     dist_env = train.setup_distributed(config)
-    knobs = {name: getattr(config, name) for name in train.knobs_of(GPTConfig)}
-    model_config = vision.complete_config(GPTConfig(**{**knobs, 'image_token': 50257, 'bias': True}))
-    model = GPT(model_config, load=False).to(dist_env.device)
+    model = sft_model()
+    model_config = model.config
     optimizers = train.configure_optimizers(model, config)
     scaler = torch.amp.GradScaler(dist_env.device_type, enabled=dist_env.dtype == 'float16')
     autocast = torch.autocast(dist_env.device_type, getattr(torch, dist_env.dtype), enabled=dist_env.dtype != 'float32')
@@ -393,18 +399,23 @@ def sft_row(rows, *words):
         stream = dataloader.pack(enumerate(itertools.cycle(documents)), model_config, max(1, rows // 2), config.max_images,
                                    fixed_length=config.compile)
         batches = [next(stream) for _ in range(4)]
+    torch._dynamo.reset()
     runs = torch.compile(model) if config.compile else model
-    step = lambda batch: train.train_step(runs, optimizers, scaler, [batch], autocast, config, dist_env, 0)[0].item()
-    for batch in batches:  # warms up, and compiles
-        step(batch)
-    start = time.perf_counter()
-    for batch in batches:
-        step(batch)
-    seconds = time.perf_counter() - start
+    is_cuda = dist_env.device_type == 'cuda'
+    if is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def steps():
+        for batch in batches:
+            loss, *_ = train.train_step(runs, optimizers, scaler, [batch], autocast, config, dist_env, 0)
+        loss.item()  # waits for the GPU
+
+    seconds = median_seconds(steps, 3)  # the first time compiles
     n_samples = sum(int(batch['docs'].amax(1).sum()) + len(batch['docs']) if 'docs' in batch else rows for batch in batches)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     mfu = 'unknown'
-    if dist_env.device_type == 'cuda':
+    if is_cuda:
         peak = torch.cuda.max_memory_allocated() / 2**30
         flops = sum(train.estimate_flops(model, to_device(batch, dist_env.device)) for batch in batches)
         mfu = f'{100 * (train.estimate_mfu(flops, seconds, dist_env.device) or 0):.1f}'
@@ -689,16 +700,34 @@ def computed_peak(model_config, config, dtype, n_tiles):
     return allocations.peak / 2**30
 
 
+def fine_tune(model_config, config, dtype, n_tiles):
+    """Three steps of train.py."""
+    dist_env = train.setup_distributed(config)
+    with torch.device(dist_env.device):
+        model, optimizers = open_finetuning(model_config, config, dtype)
+    model.to(dist_env.device)
+    if dist_env.device_type == 'cuda':  # forget how the weights were made
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    batch = tiles_batch(model_config, config.batch_size, n_tiles)
+    scaler = torch.amp.GradScaler(dist_env.device_type, enabled=False)
+    autocast = torch.autocast(dist_env.device_type, dtype, enabled=dtype != torch.float32)
+    for _ in range(3):
+        train.train_step(model, optimizers, scaler, [batch], autocast, config, dist_env, 0)
+
+
 def memory(*words):
     """
     GiB of a step by model, image and LoRA rank, without and with checkpoint_activations, and the smallest card that holds
     it. Computed for eager bfloat16; a GiB is added for CUDA and for gaps. First the same in float32, next to what it takes.
+    With a CUDA device at hand, what PyTorch allocates there stands next to what is computed.
     """
     # freed memory goes back to the system at once, and does not count
     env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}
-    subprocess.run([sys.executable, __file__, 'memory_measured', *words], check=True, env=env)
-    config = train_config('config/finetune.py', *words)
-    print(f'{"computed":<15}{"image tokens":>13}{"LoRA":>6}{"GiB":>8}{"GB card":>9}{"checkpointed":>14}{"GB card":>9}')
+    subprocess.run([sys.executable, __file__, 'memory_on_cpu', *words], check=True, env=env)
+    config = train_config('config/finetune.py', *words, '--compile=False')
+    head = f'{"GiB":>8}{"on CUDA":>9}{"GB card":>9}'
+    print(f'{"":<15}{"image tokens":>13}{"LoRA":>6}{head}    {"checkpointed:":>13}{head}')
     for name, n_tiles, rank in itertools.product(PUBLISHED, (1, 17), (8, 64)):
         if 'LLaVA' in name and n_tiles > 1:
             continue
@@ -707,22 +736,22 @@ def memory(*words):
         print(f'{name:<15}{n_image_tokens:>13}{rank:>6}', end='', flush=True)
         for config.checkpoint_activations in (False, True):
             peak = computed_peak(model_config, config, torch.bfloat16, n_tiles)
+            measured = ''
+            if torch.cuda.is_available():
+                fine_tune(model_config, config, torch.bfloat16, n_tiles)
+                measured = f'{torch.cuda.max_memory_allocated() / 2**30:.1f}'
             card = next((size for size in (8, 16, 24, 80) if peak + 1 <= size), 'none')
-            print(f'{peak:>{14 if config.checkpoint_activations else 8}.1f}{card:>9}', end='', flush=True)
+            print(f'{peak:>{25 if config.checkpoint_activations else 8}.1f}{measured:>9}{card:>9}', end='', flush=True)
         print()
 
 
-def memory_measured(*words):
+def memory_on_cpu(*words):
     """Steps of train.py on this CPU in float32: how much the process grew at most, and what is computed for that."""
-    config = train_config('config/finetune.py', *words, '--device=cpu', '--dtype=float32')
+    config = train_config('config/finetune.py', *words, '--device=cpu', '--dtype=float32', '--compile=False')
     model_config = GPTConfig(**PUBLISHED['SmolVLM-256M'], lora_rank=8)
     computed = computed_peak(model_config, config, torch.float32, 1)
     before = process_memory('VmRSS')
-    model, optimizers = open_finetuning(model_config, config, torch.float32)
-    batch = tiles_batch(model_config, config.batch_size, 1)
-    scaler = torch.amp.GradScaler('cpu', enabled=False)
-    for _ in range(3):
-        train.train_step(model, optimizers, scaler, [batch], nullcontext(), config, train.setup_distributed(config), 0)
+    fine_tune(model_config, config, torch.float32, 1)
     report('SmolVLM-256M, 64 image tokens, LoRA 8, float32: measured', process_memory('VmHWM') - before, 'GiB', 2)
     report('    computed', computed, 'GiB', 2)
 
@@ -787,7 +816,7 @@ if __name__ == '__main__':
     modes = {'attention': attention, 'features': features, 'vlm': vlm, 'vlm_row': vlm_row, 'rows': rows, 'pack': packed,
              'compile': compiled, 'fsdp': fsdp, 'fsdp_row': fsdp_row, 'peer': peer, 'peer_memory': peer_memory, 'sft': sft,
              'sft_row': sft_row, 'published': published, 'published_memory': published_memory, 'memory': memory,
-             'memory_measured': memory_measured}
+             'memory_on_cpu': memory_on_cpu}
     if len(sys.argv) > 1 and sys.argv[1] in modes:
         modes[sys.argv[1]](*sys.argv[2:])
     else:

@@ -578,8 +578,24 @@ SMALL_QFORMER = {'connector': 'qformer', 'qformer_n_layer': 2, 'qformer_n_head':
     ('siglip', {'vision_layer': -1}), ('siglip', {'image_fit': 'native'}),
     ('timm', {'connector': 'pool', 'pool_size': 3}), ('timm', {'image_fit': 'native'}), ('conv', {})])
 def test_encoders_run_under_autocast(towers, name, changes):
+    check_autocast(*make_vision(towers, name, **{'connector': 'mlp', **changes}))
+
+
+SMALL_VIT = {'vision_n_layer': 2, 'vision_n_head': 2, 'vision_n_embd': 24, 'patch_height': 4, 'patch_width': 4}
+
+
+@pytest.mark.parametrize('name, changes', [
+    ('vit', {}), ('siglip', {'image_size': 32, 'connector': 'shuffle'}), ('clip', {'image_size': 32}),
+    ('eva', {'image_size': 32, 'vision_cls': True, **SMALL_QFORMER}), ('deepencoder_tiny', {'image_size': 64}),
+    ('deepencoder_tiny', {'image_size': 64, 'image_newlines': True, 'tile_size': 32, 'max_tiles': 4})])
+def test_encoders_without_files_run_under_autocast(name, changes):
+    torch.manual_seed(0)
+    config = complete_config(tiny_config(**{**SMALL_VIT, 'vision_encoder': name, 'connector': 'mlp', **changes}))
+    check_autocast(vision.Vision(config).eval(), config)
+
+
+def check_autocast(model, config):
     """On a GPU if there is one: which operations autocast makes bfloat16 differs."""
-    model, config = make_vision(towers, name, **{'connector': 'mlp', **changes})
     device = find_device()
     batch = [t.to(device) for t in collate_images([preprocess(random_image(i), config) for i in range(2)], config)]
     model.to(device)
