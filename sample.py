@@ -106,7 +106,8 @@ def load(source):
                          f'{model.config.vocab_size}: name the one it was trained with by --tokenizer')
     where = device or find_device()
     device_type = where.split(':')[0]
-    precision = getattr(torch, dtype or best_dtype(device_type))
+    # an export is the same from every machine
+    precision = getattr(torch, dtype or ('float32' if export else best_dtype(device_type)))
     for part, named in model.param_groups().items():
         for p in named.values():  # the vision encoder stays as precise as it was trained
             p.data = p.data.to(precision if part == 'gpt' else torch.float32)

@@ -19,6 +19,7 @@ Encoders have random weights here: they cost what trained ones cost.
 """
 
 import functools
+import gc
 import itertools
 import json
 import os
@@ -84,6 +85,13 @@ def process_memory(field):
     """A field of /proc/self/status in GiB: VmRSS is the resident memory, VmHWM the most it was, RssAnon without files."""
     with open('/proc/self/status') as f:
         return next(int(line.split()[1]) for line in f if line.startswith(field)) / 2**20
+
+
+def forget_cuda_memory():
+    """The peak memory counts from here on, without what earlier models have left."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 # -----------------------------------------------------------------------------
@@ -403,8 +411,7 @@ def sft_row(rows, *words):
     runs = torch.compile(model) if config.compile else model
     is_cuda = dist_env.device_type == 'cuda'
     if is_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        forget_cuda_memory()
 
     def steps():
         for batch in batches:
@@ -706,9 +713,8 @@ def fine_tune(model_config, config, dtype, n_tiles):
     with torch.device(dist_env.device):
         model, optimizers = open_finetuning(model_config, config, dtype)
     model.to(dist_env.device)
-    if dist_env.device_type == 'cuda':  # forget how the weights were made
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    if dist_env.device_type == 'cuda':
+        forget_cuda_memory()
     batch = tiles_batch(model_config, config.batch_size, n_tiles)
     scaler = torch.amp.GradScaler(dist_env.device_type, enabled=False)
     autocast = torch.autocast(dist_env.device_type, dtype, enabled=dtype != torch.float32)

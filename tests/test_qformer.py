@@ -425,7 +425,7 @@ def test_retrieval_uses_images_and_captions_that_occur_once():
 
 
 def test_sample_evaluates_a_first_stage(pretraining_run):
-    process = inside('sample.py', f'--out_dir={pretraining_run}', '--eval=pydoc', '--eval_samples=12')
+    process = inside('sample.py', f'--out_dir={pretraining_run}', '--eval=pydoc', '--eval_samples=12', '--device=cpu')
     assert process.returncode == 0, process.stderr
     result, logged = json.loads(process.stdout), read_log(pretraining_run)[-1]['eval']
     assert result == {key: pytest.approx(logged[key], abs=1e-6) for key in result} and result['n'] == 12
