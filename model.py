@@ -178,9 +178,8 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, (self.n_head + 2 * self.n_kv_head) * self.head_dim, config, config.qkv_bias)
         self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd, config)
         # queries and keys of unit length make training more stable, https://arxiv.org/abs/2302.05442
-        make_qk_norm = nn.RMSNorm if config.qk_norm else nn.Identity
-        self.q_norm = make_qk_norm(self.head_dim, config.norm_eps)
-        self.k_norm = make_qk_norm(self.head_dim, config.norm_eps)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
 
@@ -214,7 +213,9 @@ class CausalSelfAttention(nn.Module):
         """Queries (B, T, nh, hs), keys and values (B, T, n_kv_head, hs) of x (B, T, C)."""
         heads = self.c_attn(x, lora_mask).unflatten(2, (-1, self.head_dim))     # (B, T, nh + 2 n_kv_head, hs)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:  # q and k as precise as the weights: autocast makes them bfloat16
+            q = self.q_norm(q.to(self.q_norm.weight.dtype))
+            k = self.k_norm(k.to(self.k_norm.weight.dtype))
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         return q, k, v

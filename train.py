@@ -85,7 +85,7 @@ batch_size = 12                # examples, or packed rows, in a micro-batch
 block_size = 1024              # positions of a sequence; an image takes one, see image_positions
 packing = False                # several documents in a row of block_size tokens, each attends to itself only
 max_images = 8                 # packing: images in a row, at most
-num_workers = 1                # processes that draw and tokenize ahead; 0 does it in the training process
+num_workers = min(4, os.cpu_count()) if torch.cuda.is_available() else 1  # processes that draw and tokenize; 0: none
 # images of text
 image_width = 256              # pixels of the box that the text is drawn into
 image_height = 16

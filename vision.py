@@ -3,7 +3,7 @@ Patches of images -> image tokens: everything between them and the embeddings th
 
     VisionConfig        every knob of this file; model.py's GPTConfig extends it
     ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
-    PublishedViT               patches -> features: the SigLIP, CLIP or EVA of SmolVLM, LLaVA, BLIP-2  (an encoder)
+    PublishedViT        patches -> features: the SigLIP, CLIP or EVA of SmolVLM, LLaVA, BLIP-2         (an encoder)
     PretrainedEncoder   patches -> features: CLIP, SigLIP, DINOv2, ... with published weights   (an encoder)
     DeepEncoder         patches -> features: DeepSeek-OCR's, SAM and CLIP, few tokens for pages (an encoder)
     pool                features -> their mean over each cell of k x k patches
@@ -224,7 +224,7 @@ class PublishedViT(Freezable):
         row, col = grid.clamp(min=0).unbind(-1)                                 # padding is that of whole images
         position = row * (config.image_size // config.patch_width) + col        # (N, L)
         n_cls = int(self.cls is not None)
-        x = self.patch_embed(x.flatten(2)) + self.wpe(position + n_cls)            # (N, L, C)
+        x = self.patch_embed(x.flatten(2)) + self.wpe(position + n_cls)         # (N, L, C)
         if n_cls:
             cls = (self.cls + self.wpe.weight[0]).expand(len(x), 1, -1)
             x = torch.cat([cls, x], dim=1)

@@ -367,13 +367,14 @@ def sft():
     """
     Samples a second, share of the GPU's peak and memory of config/vlm_sft.py's shape, each row in its own process.
 
-    One NVIDIA H200, bfloat16, 2026-11-26; samples/s, MFU %, peak GiB. Compiled packed rows are padded to max_images images,
-    here 8 where 2 or 3 are there:
+    One NVIDIA H200, bfloat16, torch 2.11, 2026-11-26; samples/s, MFU %, peak GiB:
 
         documents   padded, eager      packed, eager      padded, compiled   packed, compiled
-        8           225   12.6   5.7   202   10.3   4.5   256   14.3   5.5   219   11.2   4.3
-        32          341   20.9  16.0   488   26.9   8.4   422   25.8  16.0   396   21.8   8.4
-        128         319   20.0  78.9   599   32.8  24.2   not measured       443   24.3  25.3
+        8           162    9.1   5.8   156    8.0   4.5   254   14.2   5.6   296   15.1   4.3
+        32          345   21.1  16.7   488   26.9   9.2   435   26.6  15.8   647   35.7   8.3
+        128         326   20.5  79.5   606   33.3  25.8   392   24.6  78.7   778   42.7  24.1
+
+    With images padded to max_images of a row, so that all sizes are fixed, the last one was 443.
     """
     print(f'{"":<32}{"samples/s":>12}{"MFU %":>8}{"peak GiB":>10}')
     for compiles, packing, rows in itertools.product((False, True), (False, True), (8, 32, 128)):
