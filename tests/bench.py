@@ -437,12 +437,12 @@ def sft_row(rows, *words):
 class Composition(torch.nn.Module):
     """GPT-2 that reads CLIP's penultimate layer through a Linear, as one writes it with transformers."""
 
-    def __init__(self):
+    def __init__(self, dropout):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel, GPT2Config, GPT2LMHeadModel
         self.encoder = CLIPVisionModel(CLIPVisionConfig(patch_size=16)).requires_grad_(False)
         self.connector = torch.nn.Linear(768, 768)
-        self.gpt = GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        self.gpt = GPT2LMHeadModel(GPT2Config(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
         self.gpt.generation_config.eos_token_id = None  # all answers get equally long
 
     def embed(self, pixels, ids):
@@ -461,8 +461,9 @@ class Composition(torch.nn.Module):
 
 def make_peer(side):
     """
-    (model, its step, its generation) of 'glimpse' or 'transformers'. A step trains GPT and connector by AdamW on two
-    sequences of 196 image tokens and 256 of text, of which 128 are in the loss; generation takes the number of prompts.
+    The model, step() and generate(number of prompts) of 'glimpse', of 'transformers' with the same dropout (none) and AdamW
+    (fused), or of 'defaults', with what GPT2Config and torch.optim.AdamW have by default. A step trains GPT and connector
+    on two sequences of 196 image tokens and 256 of text, of which 128 are in the loss.
     """
     device = find_device()
     dtype = getattr(torch, best_dtype(device))
@@ -486,9 +487,10 @@ def make_peer(side):
         compute_loss = lambda batch: model(batch)['lm'] / model.loss_weight(batch)
         answer = lambda batch: model.generate(batch['idx'], 32, 0, images=batch['images'])
     else:
-        model = Composition().to(device)
+        is_same = side == 'transformers'
+        model = Composition(dropout=0.0 if is_same else 0.1).to(device)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=is_same)
         compute_loss = lambda batch: model(*batch)
         answer = lambda batch: model.generate(*batch[:2], 32)
     autocast = torch.autocast(device.split(':')[0], dtype, enabled=dtype != torch.float32)
@@ -508,7 +510,7 @@ def make_peer(side):
         with autocast:
             return answer(batches[rows]).tolist()
 
-    return model, step, generate
+    return SimpleNamespace(model=model, step=step, generate=generate)
 
 
 def peer():
@@ -519,8 +521,8 @@ def peer():
     for side in sides:  # first: Linux counts the memory of who starts a process as the new one's
         subprocess.run([sys.executable, __file__, 'peer_memory', side], check=True)
     print()
-    models, steps, generations = zip(*map(make_peer, sides))
-    trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 for model in models]
+    peers = list(map(make_peer, sides))
+    trained = [sum(p.numel() for p in peer.model.parameters() if p.requires_grad) / 1e6 for peer in peers]
     print(f'{"trained parameters":<40}{trained[0]:>13.1f}M{trained[1]:>13.1f}M')
 
     def compare(name, functions, rounds):
@@ -533,17 +535,23 @@ def peer():
         ours, theirs = map(statistics.median, times)
         print(f'{name:<40}{ours:>12.3f} s{theirs:>12.3f} s{theirs / ours:>16.2f}', flush=True)
 
-    compare('training step, 2 x (196 + 256) tokens', steps, 7)
-    for rows in (1, 8, 32):
-        pair = [functools.partial(generate, rows) for generate in generations]
+    step = 'training step, 2 x (196 + 256) tokens'
+    compare(step, [peer.step for peer in peers], 7)
+    for rows in (32, 8, 1):
+        if rows == 1:  # as sample.py does
+            sample.store_by_column(peers[0].model)
+        pair = [functools.partial(peer.generate, rows) for peer in peers]
         compare(f'32 new tokens after each of {rows} prompts', pair, 3 if rows == 32 else 7)
+    print("their dropout of 0.1, and AdamW as it is without fused=True:")
+    peers = list(map(make_peer, ('glimpse', 'defaults')))
+    compare(step, [peer.step for peer in peers], 7)
 
 
 def peer_memory(side):
     """Prints the peak memory of some training steps."""
-    _, step, _ = make_peer(side)
+    peer = make_peer(side)
     for _ in range(3):
-        step()
+        peer.step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -578,17 +586,19 @@ def tiles_batch(config, rows, n_tiles):
     return {**batch, 'lengths': torch.full((rows,), batch['idx'].shape[1])}
 
 
-def open_published(side, folder):
+def open_published(side, folder, n_prompts=1):
     """generate(batch) of the model in a folder, by 'glimpse' or 'transformers': 64 new tokens. Returns the ids, the seconds
     to the first new one and the median seconds of a further one, as the processor counts them for this process.
     """
     config = GPTConfig(**PUBLISHED['SmolVLM-256M'])
     if side == 'glimpse':
-        model = weights.load_model(folder).eval()
+        model = weights.load_model(folder).float().eval()
+        if n_prompts == 1:  # as in sample.py
+            sample.store_by_column(model)
         answer = lambda batch: model.generate(batch['idx'], 64, 0, images=batch['images'])
     else:
         from transformers import SmolVLMForConditionalGeneration
-        model = SmolVLMForConditionalGeneration.from_pretrained(folder).eval()
+        model = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         answer = lambda batch: model.generate(**to_transformers(batch, config), max_new_tokens=64, min_new_tokens=64,
                                               do_sample=False, eos_token_id=None, pad_token_id=0)
     clock = []
@@ -611,30 +621,29 @@ def to_transformers(batch, config):
 
 
 def published():
-    """Memory by a process for each side; median times of one thread in three rounds, by turns."""
+    """In float32: memory by a process for each side, median times of one thread in three rounds, by turns."""
     torch.set_num_threads(1)  # of several, the processor's time says little
     sides = 'glimpse', 'transformers'
     config = GPTConfig(**PUBLISHED['SmolVLM-256M'])
     with tempfile.TemporaryDirectory() as folder:
         settings, state = weights.to_hugging_face(GPT(config))  # random weights
         Path(folder, 'config.json').write_text(json.dumps(settings))
+        state = {name: tensor.bfloat16() for name, tensor in state.items()}  # as they are published
         save_file(state, f'{folder}/model.safetensors', metadata={'format': 'pt'})
         print(f'{"peak GiB, one image of five tiles":<44}{"loading":>12}{"generation":>12}')
         for side in sides:
             subprocess.run([sys.executable, __file__, 'published_memory', side, folder], check=True)
-        models = [open_published(side, folder) for side in sides]
-    print(f'{"":<44}{sides[0]:>12}{sides[1]:>14}{"times as fast":>16}')
-    for generate in models:  # warms up
-        generate(tiles_batch(config, 1, 1))
-    for rows, n_tiles in ((1, 1), (1, 5), (4, 1)):
-        batch = tiles_batch(config, rows, n_tiles)
-        rounds = [[generate(batch) for generate in models] for _ in range(3)]
-        first = f'{rows} x ({batch["idx"].shape[1] - 256} + 256) tokens: the first new one'
-        for place, name in ((1, first), (2, '    each further one')):
-            ours, theirs = (statistics.median(pair[side][place] for pair in rounds) for side in (0, 1))
-            print(f'{name:<44}{ours:>10.3f} s{theirs:>12.3f} s{theirs / ours:>16.2f}', flush=True)
-        if not torch.equal(*(ids for ids, *_ in rounds[0])):
-            print('    their answers differ')
+        print(f'{"":<44}{sides[0]:>12}{sides[1]:>14}{"times as fast":>16}')
+        for rows, n_tiles in ((1, 1), (1, 5), (4, 1)):
+            models = [open_published(side, folder, rows) for side in sides]
+            batch = tiles_batch(config, rows, n_tiles)
+            rounds = [[generate(batch) for generate in models] for _ in range(4)][1:]  # the first one warms up
+            first = f'{rows} x ({batch["idx"].shape[1] - 256} + 256) tokens: the first new one'
+            for place, name in ((1, first), (2, '    each further one')):
+                ours, theirs = (statistics.median(pair[side][place] for pair in rounds) for side in (0, 1))
+                print(f'{name:<44}{ours:>10.3f} s{theirs:>12.3f} s{theirs / ours:>16.2f}', flush=True)
+            if not torch.equal(*(ids for ids, *_ in rounds[0])):
+                print('    their answers differ')
 
 
 def published_memory(side, folder):
