@@ -411,7 +411,7 @@ class GPT(nn.Module):
         # gigabytes of logits do not stay in memory: some at a time, and again in the backward pass
         n_chunks = 1
         while len(places) * self.config.vocab_size > n_chunks * MAX_LOGITS:
-            n_chunks *= 2  # each number of chunks is another graph when compiled, so there are few
+            n_chunks *= 2  # compiled, each number of chunks is another graph: there are few powers of two
         if n_chunks == 1:
             return {'lm': self.head_loss(x, targets)}
         return {'lm': sum(checkpoint(self.head_loss, x[i::n_chunks], targets[i::n_chunks], use_reentrant=False)

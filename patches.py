@@ -282,9 +282,9 @@ def collate_images(images, config, fixed_length=False):
         patches  uint8 (N, L, D); of cached features, their dtype
         grid     int64 (N, L, 2), -1 at padding
         layout   int64 (N, P), as in `arrange`; with image_newlines only
-    With fixed_length, L and P are the largest possible: a compiled model then needs one graph for all batches. An empty
-    list becomes one image that is only padding. It adds no token, but the vision parameters get gradients of 0:
-    without them, a batch of text on one rank would leave the other ranks waiting.
+    With fixed_length, L and P are the largest possible and N is at least 2: a compiled model then needs one graph for all
+    batches. An empty list becomes one image that is only padding. It adds no token, but the vision parameters get
+    gradients of 0: without them, a batch of text on one rank would leave the other ranks waiting.
     """
     if not images:
         patches, grid = preprocess(Image.new('RGB', (1, 1)), config)
@@ -300,7 +300,7 @@ def collate_images(images, config, fixed_length=False):
         length = max(length, whole + (config.max_tiles if fixed_length else 1) * tile)
     elif fixed_length and is_native(config):  # squares all have one length
         length = max(length, config.max_image_tokens * cell_size(config)**2 + config.vision_cls)
-    # of a number of images a graph makes a variable only from 2 on
+    # one image would be a graph of its own: torch.compile takes a size of 1 for a constant
     n_missing = max(0, 2 - len(grid)) if fixed_length else 0
     padding = (0, 0, 0, length - grid.shape[1], 0, n_missing)
     patches = F.pad(patches, padding)

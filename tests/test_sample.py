@@ -323,6 +323,21 @@ def test_continuations_with_and_without_the_image_appear_in_the_sheet(tmp_path, 
     assert (tmp_path / 'samples.png').exists() and (tmp_path / 'eval.png').exists()
 
 
+@pytest.mark.parametrize('tie_weights', [True, False])
+def test_matrices_stored_by_column_are_the_same(tie_weights):
+    model = make_model(tie_weights=tie_weights)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    idx = torch.arange(9)[None]
+    with torch.no_grad():
+        logits = model.logits(idx)
+        sample.store_by_column(model)
+        torch.testing.assert_close(model.logits(idx), logits, atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tie_weights
+    matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert all(p.T.is_contiguous() for p in matrices) and len(matrices) > 9
+
+
 def open_evaluation(run_dir, monkeypatch, **changes):
     """The evaluation of a run, its model and its autocast."""
     model, enc, config, autocast = sample.load(f'{run_dir}/ckpt.pt')
