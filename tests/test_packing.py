@@ -1,9 +1,11 @@
 """What must stay true of packed rows: documents in one row do not see each other, and none is lost."""
 
+import contextlib
 import itertools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import dataloader
 from dataloader import collate, get_tokenizer, pack, tokenize
 from model import attend_in_blocks, document_block_mask, document_mask
 from patches import preprocess
-from train import estimate_flops, mark_sizes
+from train import estimate_flops, mark_sizes, train_step
 
 BYTES = get_tokenizer('bytes')
 
@@ -292,3 +294,19 @@ def test_chunks_of_the_logits_make_few_graphs(monkeypatch):
         batches.append(collate([row, row], model.config))
     assert {math.ceil(len(batch['places']) * model.config.vocab_size / 5000) for batch in batches} >= {1, 3, 4, 5}
     assert compiled_and_eager(model, batches) == 4
+
+
+def test_a_compiled_run_has_one_graph_for_batches_of_all_sizes():
+    torch._dynamo.reset()
+    model = make_model(block_size=96)
+    counter = CompileCounterWithBackend('eager')
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    config = SimpleNamespace(compile=True, grad_clip=0.0)
+    dist_env = SimpleNamespace(ddp=False, world_size=1, device='cpu')
+    rng = random.Random(0)
+    compiled = torch.compile(model, backend=counter)
+    for _ in range(6):  # texts, images and their sizes differ
+        batch = collate([document(rng, rng.randint(1, 3), model.config) for _ in range(2)], model.config)
+        train_step(compiled, [optimizer], torch.amp.GradScaler('cpu', enabled=False), [batch], contextlib.nullcontext(), config,
+                   dist_env, 0)
+    assert counter.frame_count == 1
