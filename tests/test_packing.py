@@ -303,10 +303,11 @@ def test_a_compiled_run_has_one_graph_for_batches_of_all_sizes():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     config = SimpleNamespace(compile=True, grad_clip=0.0)
     dist_env = SimpleNamespace(ddp=False, world_size=1, device='cpu')
-    rng = random.Random(0)
     compiled = torch.compile(model, backend=counter)
-    for _ in range(6):  # texts, images and their sizes differ
-        batch = collate([document(rng, rng.randint(1, 3), model.config) for _ in range(2)], model.config)
+    for n in (2, 3, 5, 4):  # letters, images, and patches of each
+        example = {'text': '<image>' * n + 'a' * n, 'images': [Image.new('RGB', (8 * n, 8))] * n}
+        batch = collate([tokenize(example, BYTES, model.config, 'all')] * 2, model.config)
+        assert batch['images'][0].shape[:2] == (2 * n, n)
         train_step(compiled, [optimizer], torch.amp.GradScaler('cpu', enabled=False), [batch], contextlib.nullcontext(), config,
                    dist_env, 0)
     assert counter.frame_count == 1
