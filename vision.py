@@ -3,7 +3,7 @@ Patches of images -> image tokens: everything between them and the embeddings th
 
     VisionConfig        every knob of this file; model.py's GPTConfig extends it
     ViT                 patches -> features: a small Vision Transformer, trained from scratch   (an encoder)
-    PublishedViT        patches -> features: the SigLIP, CLIP or EVA of SmolVLM, LLaVA, BLIP-2         (an encoder)
+    PublishedViT        patches -> features: the SigLIP, CLIP or EVA of SmolVLM, LLaVA, BLIP-2  (an encoder)
     PretrainedEncoder   patches -> features: CLIP, SigLIP, DINOv2, ... with published weights   (an encoder)
     DeepEncoder         patches -> features: DeepSeek-OCR's, SAM and CLIP, few tokens for pages (an encoder)
     pool                features -> their mean over each cell of k x k patches
